@@ -1,0 +1,52 @@
+"""qpipe: compose any quantizer, calibrator, granularity and fine-tuning strategy on any PyTorch model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
+    from qpipe.hookspecs import hookimpl
+    from qpipe.kinds.calibrator import Calibrator
+    from qpipe.kinds.evaluator import Evaluator, Subject
+    from qpipe.kinds.exporter import ExportContext, Exporter
+    from qpipe.kinds.finetune import FinetuneStrategy
+    from qpipe.kinds.granularity import Granularity
+    from qpipe.kinds.quantizer import Quantizer
+    from qpipe.kinds.tracker import Tracker
+    from qpipe.kinds.transform import Transform
+    from qpipe.recipe import Recipe, Reference, Slot
+    from qpipe.statistics import Extremes, Statistics
+    from qpipe.task import Task
+    from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
+
+_HOME = {
+    "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
+    "hookspecs": ["hookimpl"],
+    "kinds.calibrator": ["Calibrator"],
+    "kinds.evaluator": ["Evaluator", "Subject"],
+    "kinds.exporter": ["ExportContext", "Exporter"],
+    "kinds.finetune": ["FinetuneStrategy"],
+    "kinds.granularity": ["Granularity"],
+    "kinds.quantizer": ["Quantizer"],
+    "kinds.tracker": ["Tracker"],
+    "kinds.transform": ["Transform"],
+    "recipe": ["Recipe", "Reference", "Slot"],
+    "statistics": ["Extremes", "Statistics"],
+    "task": ["Task"],
+    "types": ["Artifact", "Edge", "QParams", "QuantSpec", "Range", "Report", "Role", "Target"],
+}
+_MODULE = {name: f"qpipe.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [*_MODULE]  # noqa: PLE0604  # the names above, each imported when first used
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # PEP 562
+    if name not in _MODULE:
+        raise AttributeError(f"module 'qpipe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_MODULE)

@@ -1,0 +1,55 @@
+"""What is measured."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+    from qpipe.recipe import Recipe, Reference
+    from qpipe.task import Batches, Task
+    from qpipe.types import Artifact
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluator looks at.
+
+    Args:
+        variant: 'fp32', 'simulated', or the name of the exporter whose file is executed.
+        model: called like the user's model.
+        batches: evaluation batches.
+        artifact: the file, when the variant is one.
+    """
+
+    variant: str
+    model: nn.Module
+    reference: Reference
+    batches: Batches
+    task: Task
+    recipe: Recipe
+    artifact: Artifact | None = None
+
+
+class Evaluator(ABC):
+    """Measure a variant of the model: in the one pass over the data, once on its own, or both."""
+
+    name: ClassVar[str]
+
+    def metrics(self, task: Task, variant: str) -> Mapping[str, Metric]:
+        """Metrics fed in the shared pass: update(output, reference_output, batch); named with their unit."""
+        return {}
+
+    def measure(self, subject: Subject) -> Mapping[str, float]:
+        """Measure once, outside the pass (size, latency); named with their unit."""
+        return {}
+
+    def tables(self, subject: Subject) -> Mapping[str, Any]:
+        """Rows for report.json that are more than a number (SQNR by edge)."""
+        return {}

@@ -1,0 +1,52 @@
+"""What is written, and proved to run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from qpipe.recipe import Recipe
+    from qpipe.task import Batches, Task
+    from qpipe.types import Artifact
+
+
+@dataclass(frozen=True)
+class ExportContext:
+    """What an exporter may read.
+
+    Args:
+        simulation: the calibrated model with its fake-quantizers; not to be changed (deepcopy it).
+        reference: the float model.
+        batches: evaluation batches, for the proof.
+        folder: where to write; exists, empty, moved into place only after every exporter succeeded.
+    """
+
+    simulation: nn.Module
+    reference: nn.Module
+    batches: Batches
+    task: Task
+    recipe: Recipe
+    folder: Path
+
+
+class Exporter(ABC):
+    """Write an artifact and prove that it does what the simulation does."""
+
+    name: ClassVar[str]
+
+    def reason_not(self, recipe: Recipe) -> str | None:
+        """Say in one sentence why this recipe cannot be expressed, or None; asked before any work."""
+        return None
+
+    @abstractmethod
+    def export(self, context: ExportContext) -> Artifact:
+        """Write into context.folder, run the file in its engine and return the artifact with its proof.
+
+        Raises:
+            ProofError: the engine disagrees with the simulation.
+        """

@@ -1,0 +1,34 @@
+"""Where a run is recorded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
+
+    from qpipe.types import Report
+
+
+class Tracker(ABC):
+    """Record one run; never the reason it fails."""
+
+    name: ClassVar[str]
+
+    def start_sweep(self, config: Mapping[str, Any]) -> str | None:
+        """Open a parent for a sweep and return its id, which start() of each job receives."""
+        return None
+
+    def finish_sweep(self, parent: str, status: str) -> None:
+        """Close the parent: 'finished', 'failed' or 'killed'."""
+
+    @abstractmethod
+    def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:
+        """Open the run; the returned Lightning logger puts curves into it (False: none)."""
+
+    @abstractmethod
+    def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
+        """Record the report and close the run: 'finished', 'failed' or 'killed'; return where to look at it."""

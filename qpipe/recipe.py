@@ -1,0 +1,104 @@
+"""Everything chosen for a run, as objects."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qpipe.kinds.calibrator import Calibrator
+from qpipe.kinds.evaluator import Evaluator
+from qpipe.kinds.exporter import Exporter
+from qpipe.kinds.finetune import FinetuneStrategy
+from qpipe.kinds.granularity import Granularity
+from qpipe.kinds.quantizer import Quantizer
+from qpipe.kinds.transform import Transform
+from qpipe.types import QuantSpec, Role, Target
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How the tensors of one role are quantized."""
+
+    quantizer: Quantizer[Any]
+    calibrator: Calibrator[Any]
+    granularity: Granularity
+    spec: QuantSpec
+
+    def describe(self) -> dict[str, Any]:
+        """Return the slot as plain data, for tables and reports."""
+        spec = self.spec
+        return {
+            "num_bits": spec.num_bits,
+            "quantizer": self.quantizer.name,
+            "calibrator": self.calibrator.name if self.quantizer.uses_range else None,
+            "granularity": self.granularity.name,
+            "symmetric": spec.symmetric,
+            "signed": spec.signed,
+            "dynamic": spec.dynamic,
+        }
+
+
+@dataclass(frozen=True)
+class SlotEdit:
+    """What a layer rule changes of a slot; what is None stays."""
+
+    quantizer: Quantizer[Any] | None = None
+    calibrator: Calibrator[Any] | None = None
+    granularity: Granularity | None = None
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    off: bool = False  # leave in floating point
+
+    def apply(self, slot: Slot | None, base: Slot | None) -> Slot | None:
+        """Return the slot after the change; base stands in where the role was in floating point."""
+        start = slot or base
+        if self.off or start is None:
+            return None
+        return Slot(
+            self.quantizer or start.quantizer,
+            self.calibrator or start.calibrator,
+            self.granularity or start.granularity,
+            replace(start.spec, **self.spec),
+        )
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Changes for the weights and edges whose name matches a glob."""
+
+    match: str
+    edits: Mapping[Role, SlotEdit]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be done; weight or activation None leaves that role in floating point."""
+
+    weight: Slot | None
+    activation: Slot | None
+    target: Target
+    layers: tuple[LayerRule, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    finetune: tuple[FinetuneStrategy, ...] = ()
+    evaluators: tuple[Evaluator, ...] = ()
+    exporters: tuple[Exporter, ...] = ()
+    notices: tuple[str, ...] = ()  # stand-ins and exporters passed over, decided while the recipe was built
+
+    def slot(self, name: str, role: Role) -> Slot | None:
+        """Return the slot of a weight (by module path) or an edge (by name), rules applied first to last."""
+        base = chosen = self.weight if role is Role.WEIGHT else self.activation
+        for rule in self.layers:
+            if role in rule.edits and fnmatchcase(name, rule.match):
+                chosen = rule.edits[role].apply(chosen, base)
+        return chosen
+
+
+class Reference:
+    """The float model: baseline and teacher."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
