@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -97,8 +96,8 @@ class Recipe:
         return chosen
 
 
+@dataclass(frozen=True)
 class Reference:
-    """The float model: baseline and teacher."""
+    """The float model, in eval mode: baseline and teacher; nobody changes it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    model: nn.Module
