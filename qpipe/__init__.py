@@ -39,7 +39,7 @@ _HOME = {
 }
 _MODULE = {name: f"qpipe.{module}" for module, names in _HOME.items() for name in names}
 
-__all__ = [*_MODULE]  # noqa: PLE0604  # the names above, each imported when first used
+__all__ = [*_MODULE]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  # PEP 562

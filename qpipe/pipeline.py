@@ -278,7 +278,7 @@ def _checked(slot: Slot, role: Role) -> Slot:
         )
     if spec.dynamic and slot.quantizer.uses_range and not slot.calibrator.dynamic:
         raise RecipeError(
-            f"calibrator '{slot.calibrator.name}' needs many batches; with {role.value}.dynamic=true use minmax"
+            f"calibrator '{slot.calibrator.name}' needs many batches; use minmax with {role.value}.dynamic=true"
         )
     slot.quantizer.check(spec)
     return slot

@@ -41,7 +41,7 @@ class Task:
 
     def loss(self, output: Any, batch: Any) -> Tensor:  # noqa: ANN401
         """Return the training loss."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss; give task._target_ a Task that has one")
+        raise NotImplementedError(f"{type(self).__name__} has no loss; give a task that has one")
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return fresh metrics, named with their unit, updated with update(output, batch)."""

@@ -114,7 +114,7 @@ class Target:
         passthrough: operations that hand codes on unchanged.
         weight_bits, activation_bits: bits the engine executes; empty means any.
         weight_granularities, activation_granularities: granularities the engine executes; empty means any.
-        weight_signed, weight_symmetric, activation_signed, activation_symmetric: what it executes; None means either.
+        weight_signed, weight_symmetric, activation_signed, activation_symmetric: None means either.
         dynamic: the engine computes activation ranges as it runs.
     """
 

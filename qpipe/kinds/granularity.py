@@ -21,7 +21,7 @@ class Granularity(ABC):
 
     name: ClassVar[str]
     roles: ClassVar[frozenset[Role]] = frozenset(Role)
-    stand_in: ClassVar[Mapping[Role, str]] = {}  # what serves a role this one does not, when the word was shared
+    stand_in: ClassVar[Mapping[Role, str]] = {}  # serves a role this one does not
     why_not: ClassVar[Mapping[Role, str]] = {}  # why an unserved role has no meaning, for the error
     dynamic_only: ClassVar[bool] = False  # the number of blocks depends on the tensor
 

@@ -18,7 +18,8 @@ S_contra = TypeVar("S_contra", bound=Statistics, contravariant=True)
 class Quantizer(ABC, Generic[S_contra]):
     """Map reals to codes and codes to reals, block by block; stateless.
 
-    Every method works on blocks x [B, N] with qparams of first dimension B, or with B = 1 broadcast over any x.
+    Every method works on blocks x [B, N] with qparams [B, 1]; affine ones may also meet any x, with
+    qparams of one element shaped to broadcast over it.
     """
 
     name: ClassVar[str]

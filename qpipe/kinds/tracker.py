@@ -31,4 +31,4 @@ class Tracker(ABC):
 
     @abstractmethod
     def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
-        """Record the report and close the run: 'finished', 'failed' or 'killed'; return where to look at it."""
+        """Record the report, close the run as 'finished', 'failed' or 'killed', return where to look."""
