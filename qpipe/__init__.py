@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.quantizer import Quantizer
     from qpipe.kinds.tracker import Tracker
     from qpipe.kinds.transform import Transform
+    from qpipe.packing import pack, payload_bytes, unpack
     from qpipe.recipe import Recipe, Reference, Slot
     from qpipe.statistics import Extremes, Statistics
     from qpipe.task import Task
@@ -32,6 +33,7 @@ _HOME = {
     "kinds.quantizer": ["Quantizer"],
     "kinds.tracker": ["Tracker"],
     "kinds.transform": ["Transform"],
+    "packing": ["pack", "payload_bytes", "unpack"],
     "recipe": ["Recipe", "Reference", "Slot"],
     "statistics": ["Extremes", "Statistics"],
     "task": ["Task"],
