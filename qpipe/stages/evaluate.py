@@ -1,0 +1,160 @@
+"""Figures for the float model, the simulation and every executed file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qpipe.kinds.evaluator import Subject
+from qpipe.stages.forward import forward_pass, has_own_steps, own_pass
+from qpipe.types import Artifact
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from torchmetrics import Metric
+
+    from qpipe.recipe import Recipe, Reference
+    from qpipe.task import Batches, Task
+
+CACHE_BYTES = 256 * 2**20  # of reference outputs; beyond it they are computed again for each variant
+
+Figures = dict[str, dict[str, float]]
+
+
+def evaluate(
+    simulation: nn.Module,
+    reference: Reference,
+    artifacts: Sequence[Artifact],
+    batches: Batches,
+    task: Task,
+    recipe: Recipe,
+    trainer: Trainer,
+) -> tuple[Figures, dict[str, Any]]:
+    """Return metrics by variant and name, and tables by evaluator and variant.
+
+    The variants are 'fp32', 'simulated' and the exporter's name of every file an engine executes.
+    """
+    variants: dict[str, tuple[nn.Module, Artifact | None]] = {
+        "fp32": (reference.model, None),
+        "simulated": (simulation, None),
+        **{a.exporter: (a.module, a) for a in artifacts if a.module is not None},
+    }
+    outputs = ReferenceOutputs(reference.model, task)
+    figures: Figures = {}
+    tables: dict[str, Any] = {}
+    for variant, (model, artifact) in variants.items():
+        figures[variant] = _pass(variant, model, reference, outputs, batches, task, recipe, trainer)
+        subject = Subject(variant, model, reference, batches, task, recipe, artifact)
+        measured, rows = measure(subject, trainer.strategy.root_device)
+        figures[variant] |= measured
+        tables |= rows
+    return figures, tables
+
+
+class ReferenceOutputs:
+    """Serve the float model's output of each batch, remembered up to CACHE_BYTES."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.model = model
+        self.task = task
+        self.room = CACHE_BYTES
+        self.outputs: dict[int, Any] = {}
+
+    def remember(self, index: int, output: Any) -> None:  # noqa: ANN401
+        """Keep an output while there is room."""
+        size = sum(leaf.nbytes for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        if index not in self.outputs and size <= self.room:
+            self.room -= size
+            self.outputs[index] = output
+
+    def get(self, index: int, batch: Any) -> Any:  # noqa: ANN401
+        """Return the output of a batch, computed if it was not kept."""
+        if index in self.outputs:
+            return self.outputs[index]
+        device = next((leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        args, kwargs = self.task.inputs(batch)
+        return self.model.to(device)(*args, **kwargs)
+
+
+def _pass(
+    variant: str,
+    model: nn.Module,
+    reference: Reference,
+    outputs: ReferenceOutputs,
+    batches: Batches,
+    task: Task,
+    recipe: Recipe,
+    trainer: Trainer,
+) -> dict[str, float]:
+    """Feed every evaluator's metrics from one pass of the batches through a variant."""
+    metrics: dict[str, Metric] = {}
+    for evaluator in recipe.evaluators:
+        metrics |= evaluator.metrics(task, variant)
+    for metric in metrics.values():
+        metric.to(trainer.strategy.root_device)
+
+    def each(output: Any, batch: Any, index: int) -> None:  # noqa: ANN401
+        if variant == "fp32":
+            outputs.remember(index, output)
+        expected = output if variant == "fp32" else outputs.get(index, batch)
+        for metric in metrics.values():
+            metric.update(output, expected, batch)
+
+    title = f"evaluate {variant}"
+    own: dict[str, float] = {}
+    if has_own_steps(reference.model):
+        own = own_pass(stand_in(reference.model, model), batches, task, trainer, title, each)
+    elif metrics:
+        forward_pass(model, batches, task, trainer, title, each)
+    return own | {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def stand_in(module: nn.Module, model: nn.Module) -> LightningModule:
+    """Return model if it has steps of its own, else a copy of module whose forward is model's."""
+    if isinstance(model, LightningModule):
+        return model
+    double = copy.copy(module)
+    double.__dict__["forward"] = model.__call__
+    if not isinstance(double, LightningModule):
+        raise TypeError(f"{type(module).__name__} has no steps of its own")
+    return double
+
+
+def measure(subject: Subject, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return what every evaluator measures outside the pass, model and batches being on a device."""
+    figures: dict[str, float] = {}
+    tables: dict[str, Any] = {}
+    homes = {
+        m: next((p.device for p in m.parameters()), None) for m in (subject.model, subject.reference.model)
+    }
+    try:
+        for model in homes:
+            model.to(device)
+        moved = Subject(**{**vars(subject), "batches": OnDevice(subject.batches, device)})
+        for evaluator in subject.recipe.evaluators:
+            figures |= evaluator.measure(moved)
+            rows = evaluator.tables(moved)
+            if rows:
+                tables[f"{subject.variant}.{evaluator.name}"] = rows
+    finally:
+        for model, home in homes.items():
+            model.to(home)
+    return figures, tables
+
+
+class OnDevice:
+    """Serve batches moved to a device."""
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches = batches
+        self.device = device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (move_data_to_device(batch, self.device) for batch in self.batches)
