@@ -32,6 +32,7 @@ class FakeQuant(nn.Module):
         self.name = name
         self.enabled = True
         self.statistics: Statistics | None = None  # set: observe and pass the tensor on unchanged
+        self.learner: nn.Module | None = None  # set while training: fake-quantizes in the quantizer's place
         self.register_buffer("scale", torch.empty(0, 1))
         self.register_buffer("zero_point", torch.empty(0, 1))
 
@@ -67,6 +68,9 @@ class FakeQuant(nn.Module):
             return self._fake_quantize(x if x.dtype is torch.float64 else x.float()).to(x.dtype)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
+        if self.learner is not None:
+            learned: Tensor = self.learner(x)
+            return learned
         quantizer, granularity, spec = self.slot.quantizer, self.slot.granularity, self.slot.spec
         qparams = self.dynamic_qparams(x) if spec.dynamic else self.qparams()
         if qparams.scale.numel() == 1 and quantizer.is_affine(spec):  # broadcast: no view, no copy
