@@ -1,0 +1,124 @@
+"""Compose what was chosen into plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from qpipe.errors import RecipeError
+from qpipe.groups import Option, groups, rank
+from qpipe.overrides import OBJECTS, SEVERAL, SLOTS, chosen_groups, translate, value_path
+from qpipe.registry import conf_dir, installed_packages, suggest
+
+_REQUIRED = (*OBJECTS, "target", "quantizer", "calibrator", "granularity")
+_Groups = Mapping[str, Mapping[str, Option]]
+
+
+class PluginFolders(SearchPathPlugin):
+    """Let `group=option` find the yaml of every plugin package, none of them imported."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append each package's folder."""
+        for package in installed_packages()[0]:
+            search_path.append(package.name, f"file://{package.folder}")
+
+
+def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, Any]:
+    """Return the resolved configuration of one job as plain data.
+
+    Args:
+        words: command-line words, `calibrator=kl` or `weight.num_bits=4`.
+        file: a run's config.yaml to start from, in place of the groups.
+
+    Raises:
+        RecipeError: a word names no group, option or key, or has no meaning there.
+    """
+    options = groups() if file is None else {}
+    if Plugins.instance().discover(SearchPathPlugin).count(PluginFolders) == 0:
+        Plugins.instance().register(PluginFolders)
+    config = _compose(translate(words, options), words, options, file)
+    if file is None:
+        config["explicit"] = chosen_groups(words, options)
+    for name in _REQUIRED:
+        if config.get(name) is None:
+            raise RecipeError(
+                f"no {name} is chosen; {name}=… takes {', '.join(sorted(options.get(name, ())))}"
+            )
+    _check_headers(config)
+    return {key: config[key] for key in sorted(config, key=rank)}
+
+
+def _compose(
+    overrides: list[str], words: Sequence[str], options: _Groups, file: Path | None
+) -> dict[str, Any]:
+    try:
+        cfg = _hydra(overrides, file)
+        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise RecipeError(f"{error.full_key} has no value; give it one: {error.full_key}=…") from None
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        _explain_key(words, options, file)
+        raise RecipeError(_first_line(error)) from None
+    assert isinstance(resolved, dict)  # noqa: S101  # a DictConfig gives a dict
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _hydra(overrides: list[str], file: Path | None) -> Any:  # noqa: ANN401  # a DictConfig
+    folder, name = (conf_dir(), "config") if file is None else (file.resolve().parent, file.stem)
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose(name, overrides)
+
+
+def _explain_key(words: Sequence[str], options: _Groups, file: Path | None) -> None:
+    """Raise the sentence for the first word whose key is not in the configuration, if that is what failed."""
+    accepted: list[str] = []
+    for word in sorted(words, key=lambda word: len(value_path(word))):
+        try:
+            known = OmegaConf.to_container(_hydra(translate(accepted, options), file))
+        except (HydraException, OmegaConfBaseException, OSError):
+            return
+        _check_path(value_path(word), known, options)
+        accepted.append(word)
+
+
+def _check_path(path: list[str], node: Any, options: _Groups) -> None:  # noqa: ANN401  # a node of the tree
+    for depth, key in enumerate(path):
+        where = ".".join(path[:depth])
+        if not isinstance(node, dict):
+            why = "is not chosen" if node is None else f"is {node!r}"
+            raise RecipeError(f"'{where}' {why} and has no key '{key}'")
+        known = {str(k) for k in node} | (set(options) if depth == 0 else set())
+        if key not in node:
+            hint = suggest(key, known)
+            has = ", ".join(sorted(known))
+            place = f"'{where}'" if where else "the configuration"
+            named = f" ({node['name']})" if "name" in node else ""
+            raise RecipeError(f"{place}{named} has no key '{key}'{hint}{' ' if hint else '; '}it has: {has}")
+        node = node[key]
+
+
+def _check_headers(config: Mapping[str, Any]) -> None:
+    for kind in SEVERAL:
+        for name, value in (config.get(kind) or {}).items():
+            if not isinstance(value, Mapping):
+                raise RecipeError(
+                    f"{kind} '{config[kind].get('name', name)}': its yaml must begin with the line "
+                    f"'# @package {kind}.<name>', or a list of several {kind}s would keep only the last"
+                )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+__all__ = ["SLOTS", "PluginFolders", "compose_config", "conf_dir"]

@@ -1,0 +1,135 @@
+"""The words of the command line: Hydra's grammar, our slots, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
+from hydra.errors import HydraException
+
+from qpipe.errors import RecipeError
+from qpipe.groups import Option
+from qpipe.registry import suggest
+
+SLOTS = ("weight", "activation")
+SEVERAL = ("transform", "finetune", "evaluator", "exporter")
+OBJECTS = ("model", "data", "task", "trainer")  # built by `_target_`: their keys are their constructor's
+_OURS = "data.calibration"
+_Groups = Mapping[str, Mapping[str, Option]]
+
+
+def expand(words: Sequence[str], multirun: bool) -> list[list[str]]:
+    """Return the words of every job: one list, or with multirun the product of what each word offers.
+
+    Raises:
+        RecipeError: a word does not parse, or offers several values without multirun.
+    """
+    offers = [list(_offers(_parse(word), word, multirun)) for word in words]
+    return [list(job) for job in itertools.product(*offers)]
+
+
+def translate(words: Sequence[str], groups: _Groups) -> list[str]:
+    """Return one job's words as Hydra takes them, slots spelt out and options checked.
+
+    Raises:
+        RecipeError: no such group or option.
+    """
+    parsed = [_spelt_out(_parse(word), groups) for word in words]
+    named = {override.key_or_group for override in parsed}
+    dropped = [f"~{name}" for name in OBJECTS if f"{name}._target_" in named and name not in named]
+    for override in parsed:
+        _check_option(override, groups)
+    return [*dropped, *(_text(override) for override in parsed)]
+
+
+def chosen_groups(words: Sequence[str], groups: _Groups) -> list[str]:
+    """Return the groups that words name, slots left out."""
+    parsed = [_parse(word) for word in words]
+    return list(dict.fromkeys(o.key_or_group for o in parsed if o.key_or_group in groups and not o.package))
+
+
+def value_path(word: str) -> list[str]:
+    """Return the keys a word walks, ['weight', 'num_bits']; none where the configuration fixes no keys."""
+    override = _parse(word)
+    key = override.key_or_group
+    return [] if override.is_delete() or override.package or _is_free(key) else key.split(".")
+
+
+def _parse(word: str) -> Override:
+    if "=" not in word and not word.startswith("~"):
+        raise RecipeError(f"'{word}' is not of the form key=value; see python -m qpipe --help")
+    try:
+        override: Override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise RecipeError(
+            f"'{word}' cannot be read; put quotes around a value with blanks or one of , : {{ }} [ ] ( )"
+        ) from None
+    return override
+
+
+def _offers(override: Override, word: str, multirun: bool) -> Iterator[str]:
+    if not override.is_sweep_override():
+        yield word
+        return
+    if not multirun:
+        raise RecipeError(f"'{word}' offers several values; add -m to run them all, or [a,b] for a list")
+    if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+        raise RecipeError(f"'{word}' cannot be enumerated; write the values, or range(start,stop,step)")
+    for value in override.sweep_string_iterator():
+        yield f"{override.get_key_element()}={value}"
+
+
+def _spelt_out(override: Override, groups: _Groups) -> Override:
+    """Return the word with its slot, its place or its empty list written as Hydra wants them."""
+    key, value = override.key_or_group, override.value()
+    slot, _, kind = key.partition(".")
+    if slot in SLOTS and kind in groups and isinstance(value, str):
+        return replace(override, key_or_group=kind, package=key)
+    if key in SEVERAL and value in ("none", None) and "none" not in groups.get(key, {}):
+        return replace(override, _value=[])
+    if key in groups and (value is None or (key == "tracker" and value == "none")):
+        return replace(override, type=OverrideType.DEL, value_type=None)
+    if override.is_delete():
+        return override
+    return replace(override, type=OverrideType.FORCE_ADD if _is_free(key) else OverrideType.CHANGE)
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key is an argument of the user's own class."""
+    return key.partition(".")[0] in OBJECTS and "." in key and not key.startswith(_OURS)
+
+
+def _text(override: Override) -> str:
+    if override.is_delete() and override.value_type is None:
+        return str(override.get_key_element())
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+def _check_option(override: Override, groups: _Groups) -> None:
+    group, value = override.key_or_group, override.value()
+    if override.is_hydra_override():
+        raise RecipeError(
+            f"'{override.input_line}' has no effect: qpipe alone decides where a run goes; use out="
+        )
+    if group not in groups or override.is_delete():
+        return
+    if isinstance(value, Mapping):
+        raise RecipeError(f"{group} takes a name, not {value}; write {group}=name and {group}.key=value")
+    options = groups[group]
+    for name in value if isinstance(value, list) else [value]:
+        if name is not None and name not in options:
+            raise RecipeError(_no_option(group, str(name), options))
+        if override.package and name is not None and options[str(name)].is_preset:
+            raise RecipeError(
+                f"{override.package}={name}: {group} '{name}' is a preset that chooses the shared calibrator "
+                f"as well; write {override.package.split('.')[0]}.calibrator={name}"
+            )
+
+
+def _no_option(group: str, name: str, options: Mapping[str, Any]) -> str:
+    hint = suggest(name, options)
+    return f"no {group} named '{name}'{hint}{' ' if hint else '; '}installed: {', '.join(sorted(options))}"
