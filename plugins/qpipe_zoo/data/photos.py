@@ -1,0 +1,120 @@
+"""Crops of photos that ship with scikit-image and scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qpipe_zoo.image import normalize, read_image, resize
+from qpipe_zoo.optional import package_folder
+
+# Split by photo, so that no scene is calibrated on and evaluated.
+CALIBRATION = (
+    "sklearn:flower.jpg",
+    *(f"skimage:{name}" for name in ("rocket.jpg", "camera.png", "motorcycle_left.png", "coins.png")),
+    *(f"skimage:{name}" for name in ("grass.png", "ihc.png", "page.png")),
+)
+EVALUATION = (
+    "sklearn:china.jpg",
+    *(
+        f"skimage:{name}"
+        for name in ("astronaut.png", "chelsea.png", "coffee.png", "brick.png", "gravel.png")
+    ),
+    *(f"skimage:{name}" for name in ("retina.jpg", "hubble_deep_field.jpg", "moon.png", "color.png")),
+)
+_FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
+
+
+class Crops(Dataset[Tensor]):
+    """Cut square crops, always the same ones, from photos.
+
+    Args:
+        photos: tensors [3, H, W] from 0 to 255.
+        count: how many crops; photos take turns.
+        size: side of a crop after resizing.
+        seed: decides where crops lie.
+    """
+
+    def __init__(self, photos: Sequence[Tensor], count: int, size: int, seed: int) -> None:
+        self.photos = photos
+        self.count = count
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.count:
+            raise IndexError(f"crop {index} of {self.count}")
+        photo = self.photos[index % len(self.photos)]
+        return normalize(resize(self._crop(photo, index), self.size))
+
+    def _crop(self, photo: Tensor, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        scale, down, right, flip = torch.rand(4, generator=generator).tolist()
+        height, width = photo.shape[1:]
+        side = int(min(height, width) * (0.5 + 0.5 * scale))
+        top, left = int((height - side) * down), int((width - side) * right)
+        crop = photo[:, top : top + side, left : left + side]
+        return crop.flip(-1) if flip < 0.5 else crop
+
+
+def read_photo(name: str) -> Tensor:
+    """Read a photo by 'package:file' as [3, H, W] from 0 to 255."""
+    package, file = name.split(":")
+    return read_image(package_folder(package, "data=photos").joinpath(*_FOLDERS[package], file))
+
+
+class Photos(LightningDataModule):
+    """Serve crops [B, 3, size, size] without labels, photos for calibration and evaluation kept apart.
+
+    Args:
+        batch_size: crops a batch.
+        size: side of a crop.
+        num_calibration: crops to calibrate on, of eight photos.
+        num_evaluation: crops to evaluate on, of ten others.
+        num_workers: processes that load.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        size: int = 224,
+        num_calibration: int = 256,
+        num_evaluation: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.size = size
+        self.counts = {"calibration": num_calibration, "evaluation": num_evaluation}
+        self.num_workers = num_workers
+        self.datasets: dict[str, Crops] = {}
+
+    def fingerprint(self) -> str:
+        """Name the data: the crops never change."""
+        return f"photos-{self.size}-{self.counts['calibration']}-{self.counts['evaluation']}"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the photos."""
+        parts = {"calibration": CALIBRATION, "evaluation": EVALUATION}
+        for seed, (part, names) in enumerate(parts.items()):
+            if part not in self.datasets:
+                photos = [read_photo(name) for name in names]
+                self.datasets[part] = Crops(photos, self.counts[part], self.size, seed)
+
+    def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Tensor]:
+        return DataLoader(self.datasets[part], self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Return crops of the calibration photos."""
+        return self._loader("calibration", shuffle=True)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Return crops of the evaluation photos."""
+        return self._loader("evaluation")
