@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qpipe.convert import convert
     from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
     from qpipe.hookspecs import hookimpl
     from qpipe.kinds.calibrator import Calibrator
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from qpipe.recipe import Recipe, Reference, Slot
     from qpipe.statistics import Extremes, Statistics
     from qpipe.task import Task
+    from qpipe.training import Learner, TrainingStrategy
     from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
 
 _HOME = {
+    "convert": ["convert"],
     "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
     "hookspecs": ["hookimpl"],
     "kinds.calibrator": ["Calibrator"],
@@ -37,6 +40,7 @@ _HOME = {
     "recipe": ["Recipe", "Reference", "Slot"],
     "statistics": ["Extremes", "Statistics"],
     "task": ["Task"],
+    "training": ["Learner", "TrainingStrategy"],
     "types": ["Artifact", "Edge", "QParams", "QuantSpec", "Range", "Report", "Role", "Target"],
 }
 _MODULE = {name: f"qpipe.{module}" for module, names in _HOME.items() for name in names}

@@ -1,0 +1,51 @@
+"""The arguments of one forward, and the batch in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
+
+
+def two_samples(call: Call) -> Call:
+    """Cut a call's tensors to two samples, doubling a single one: torch.export takes 1 for a constant."""
+    size = batch_size(call)
+
+    def cut(leaf: Any) -> Any:  # noqa: ANN401
+        if not batched(leaf, size):
+            return leaf
+        return torch.cat([leaf, leaf])[:2] if size == 1 else leaf[:2].clone()
+
+    cut_call: Call = pytree.tree_map(cut, call)
+    return cut_call
+
+
+def batch_size(call: Call) -> int:
+    """Return the first dimension of a call's first tensor that has one."""
+    return next(
+        (len(leaf) for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()), 1
+    )
+
+
+def batched(leaf: Any, size: int) -> bool:  # noqa: ANN401
+    """Say whether an argument has the batch as its first dimension."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+def first_sample(call: Call) -> Call:
+    """Cut a call's tensors to one sample."""
+    size = batch_size(call)
+    cut: Call = pytree.tree_map(lambda leaf: leaf[:1].clone() if batched(leaf, size) else leaf, call)
+    return cut
+
+
+def moved(call: Call, device: torch.device | str) -> Call:
+    """Return the call with its tensors on device."""
+    on_device: Call = pytree.tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call
+    )
+    return on_device

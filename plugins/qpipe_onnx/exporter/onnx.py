@@ -1,0 +1,134 @@
+"""Write one ONNX file of int8 codes and prove it in ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
+from qpipe_onnx._agreement import Agreement
+from qpipe_onnx._call import Call, batch_size, first_sample, moved
+from qpipe_onnx._runtime import OnnxRuntimeModule, executed_nodes, latencies_ms
+from qpipe_onnx._trace import trace, write
+
+_FILE = "model.onnx"
+_PROBE = torch.empty(8, 4096, device="meta")
+
+
+class OnnxExporter(Exporter):
+    """Export to ONNX with QuantizeLinear and DequantizeLinear, executed by ONNX Runtime.
+
+    Args:
+        opset: version of ONNX's operations.
+        samples: evaluation samples compared with the simulation.
+        compare_fp32: time the float graph of the same architecture beside the file.
+    """
+
+    name = "onnx"
+
+    def __init__(self, opset: int = 21, samples: int = 256, compare_fp32: bool = True) -> None:
+        self.opset = opset
+        self.samples = samples
+        self.compare_fp32 = compare_fp32
+
+    def reason_not(self, recipe: Recipe) -> str | None:
+        """Name the first thing ONNX Runtime has no integer form for."""
+        reasons = (_reason(role, slot) for role, slot in _slots(recipe))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def export(self, context: ExportContext) -> Artifact:
+        """Write model.onnx, run it on evaluation samples and compare.
+
+        Raises:
+            ProofError: ONNX Runtime disagrees with the simulation.
+            RecipeError: the model cannot be translated.
+        """
+        call = next(_calls(context), None)
+        if call is None:
+            raise DataError("there is no evaluation sample to prove the ONNX file on; give the data some")
+        path = context.folder / _FILE
+        graph = trace(convert(context.simulation).cpu(), moved(call, "cpu"), self.opset)
+        twin = write(graph, path)
+        with torch.no_grad():
+            module = OnnxRuntimeModule(path, call, context.simulation(*call[0], **call[1]))
+            proof = self._agreement(module, context) | {"nodes": executed_nodes(path)}
+            proof |= self._latency(module, twin, call)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        engine = f"onnxruntime {version('onnxruntime')}"
+        return Artifact(self.name, engine, Path(_FILE), digest, path.stat().st_size, proof, module)
+
+    def _agreement(self, module: nn.Module, context: ExportContext) -> dict[str, Any]:
+        executed, simulated, count = [], [], 0
+        for args, kwargs in _calls(context):
+            executed.append(context.task.compared(module(*args, **kwargs)).cpu().double())
+            simulated.append(context.task.compared(context.simulation(*args, **kwargs)).cpu().double())
+            count += batch_size((args, kwargs))
+            if count >= self.samples:
+                break
+        agreement = Agreement.between(executed, simulated, context.task.class_dim)
+        agreement.check()
+        return {"samples": count, **asdict(agreement)}
+
+    def _latency(self, module: nn.Module, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
+        sample = first_sample(moved(call, "cpu"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / _FILE
+            modules = [module]
+            if self.compare_fp32:
+                twin(path)
+                modules.append(OnnxRuntimeModule(path, sample, module(*sample[0], **sample[1])))
+            names = ("latency_ms", "fp32_latency_ms")
+            return dict(zip(names, latencies_ms(modules, sample), strict=False)) | {
+                "threads": 1,
+                "batch_size": 1,
+            }
+
+
+def _calls(context: ExportContext) -> Iterator[Call]:
+    """Yield the evaluation batches as calls, on the simulation's device."""
+    tensors = (*context.simulation.parameters(), *context.simulation.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    for batch in context.batches:
+        yield moved(context.task.inputs(batch), device)
+
+
+def _slots(recipe: Recipe) -> Iterator[tuple[Role, Slot]]:
+    """Yield every slot a tensor of the model may get."""
+    for role, base in ((Role.WEIGHT, recipe.weight), (Role.ACTIVATION, recipe.activation)):
+        edits = [rule.edits[role].apply(base, base) for rule in recipe.layers if role in rule.edits]
+        yield from ((role, slot) for slot in (base, *edits) if slot is not None)
+
+
+def _reason(role: Role, slot: Slot) -> str | None:
+    spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
+    if not quantizer.is_affine(spec):
+        return (
+            f"the levels of quantizer '{quantizer.name}' ({role.value}s) are not scale * (code - zero_point)"
+        )
+    if spec.dynamic:
+        return f"{role.value}.dynamic=true: ranges taken while running have no QuantizeLinear"
+    if role is Role.ACTIVATION and spec.num_bits != 8:
+        return f"ONNX Runtime computes on 8-bit activations, not activation.num_bits={spec.num_bits}"
+    if role is Role.WEIGHT and spec.num_bits > 8:
+        return f"ONNX Runtime computes on weights of at most 8 bits, not weight.num_bits={spec.num_bits}"
+    rows = 1 if role is Role.ACTIVATION else _PROBE.shape[0]
+    blocks = granularity.to_blocks(_PROBE).shape[0]
+    if blocks > rows:
+        return f"granularity '{granularity.name}' gives {role.value}s more scales than one a channel"
+    if blocks > 1 and not spec.symmetric:
+        return "ONNX Runtime wants one zero point for all channels; use weight.symmetric=true"
+    return None
+
+
+@hookimpl
+def qpipe_register_exporter() -> list[type[Exporter]]:
+    """Offer the ONNX exporter."""
+    return [OnnxExporter]
