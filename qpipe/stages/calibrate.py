@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from inspect import isabstract
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from qpipe.errors import DataError
+from qpipe.errors import DataError, RecipeError
 from qpipe.nn import FakeQuant, edge_quantizers, weight_quantizers
 from qpipe.recipe import Slot
 from qpipe.stages.data import process
 from qpipe.stages.forward import forward_pass
-from qpipe.statistics import Extremes, Samples, Statistics
+from qpipe.statistics import Extremes, Histogram, Samples, Statistics
 from qpipe.types import QParams
 
 if TYPE_CHECKING:
@@ -77,38 +77,43 @@ def observe(
     """Return what one pass over the batches of all processes shows at each edge that is reached."""
     seen: dict[FakeQuant, Statistics] = {}
 
+    def start() -> None:
+        for edge in edges:
+            edge.statistics = needed(edge.slot).start(*process())
+
     def merge() -> None:
-        local = {edge.name: edge.statistics for edge in edges}
-        merged = merge_over_processes(local)
+        merged = merge_over_processes({edge.name: edge.statistics for edge in edges if edge.statistics})
         seen.update({edge: merged[edge.name] for edge in edges if edge.name in merged})
 
-    with observing(edges):
-        forward_pass(model, batches, task, trainer, "calibrate", at_end=merge)
-    return seen
-
-
-@contextmanager
-def observing(edges: Sequence[FakeQuant]) -> Iterator[None]:
-    """Let edges collect the statistics their slots need, and pass tensors on unchanged."""
     try:
-        for edge in edges:
-            edge.statistics = needed(edge.slot)()
-        yield
+        forward_pass(model, batches, task, trainer, "calibrate", at_start=start, at_end=merge)
     finally:
         for edge in edges:
             edge.statistics = None
+    return seen
 
 
 def needed(slot: Slot) -> type[Statistics]:
-    """Return the statistics from which both the calibrator and the quantizer of a slot can work."""
-    if not slot.quantizer.uses_range or slot.calibrator.needs is Extremes:
-        return slot.quantizer.needs
-    return slot.calibrator.needs
+    """Return the cheapest statistics from which both the calibrator and the quantizer of a slot can work.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    wanted: list[type[Statistics]] = [slot.quantizer.needs]
+    if slot.quantizer.uses_range:
+        wanted.append(slot.calibrator.needs)
+    for candidate in (*wanted, Histogram):
+        if not isabstract(candidate) and all(w is Extremes or issubclass(candidate, w) for w in wanted):
+            return candidate
+    raise RecipeError(
+        f"calibrator '{slot.calibrator.name}' and quantizer '{slot.quantizer.name}' cannot share one pass: "
+        f"they need {' and '.join(w.__name__ for w in wanted)}; use calibrator=minmax"
+    )
 
 
-def merge_over_processes(local: Mapping[str, Statistics | None]) -> dict[str, Statistics]:
+def merge_over_processes(local: Mapping[str, Statistics]) -> dict[str, Statistics]:
     """Return, by name, what observing the batches of all processes in one would have given."""
-    states = {name: stats.state() for name, stats in local.items() if stats is not None and stats.seen}
+    states = {name: stats.state() for name, stats in local.items() if stats.seen}
     gathered: list[dict[str, Any]] = [states]
     if process()[1] > 1:
         gathered = [{} for _ in range(process()[1])]
@@ -127,8 +132,7 @@ def check_finite(name: str, stats: Statistics) -> None:
     Raises:
         DataError: names the edge.
     """
-    range_ = stats.extremes()
-    if not (torch.isfinite(range_.low).all() and torch.isfinite(range_.high).all()):
+    if not stats.is_finite():
         raise DataError(
             f"activations at edge '{name}' hold NaN or infinite values; "
             "look for an overflow in the float model or a bad sample in the calibration set"
@@ -147,8 +151,8 @@ def fit_together(slot: Slot, edges: Sequence[FakeQuant], seen: Sequence[Any]) ->
     """Fit all edges at once: their blocks are stacked, the parameters split again."""
     qparams = fit(type(seen[0]).stack(seen), slot)
     sizes = [stats.extremes().low.shape[0] for stats in seen]
-    columns = {name: value.split(sizes) for name, value in qparams.extra.items()}
-    scales, zero_points = qparams.scale.split(sizes), qparams.zero_point.split(sizes)
+    columns = {name: torch.split(value, sizes) for name, value in qparams.extra.items()}
+    scales, zero_points = torch.split(qparams.scale, sizes), torch.split(qparams.zero_point, sizes)
     for i, edge in enumerate(edges):
         extra = {name: parts[i] for name, parts in columns.items()}
         edge.set_qparams(on(edge.scale.device, QParams(scales[i], zero_points[i], extra)))

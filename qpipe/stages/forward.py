@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,21 +12,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
+from qpipe.noise import quiet
 from qpipe.task import Batches, Task
 
 log = logging.getLogger("qpipe")
-
-# Noise that no user of qpipe can act on: (category, beginning of the message).
-_KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
-    # Lightning 2.6 asks torch 2.13's pytree in the old way
-    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
-    # calibration has few batches on purpose; loading is the user's business
-    (UserWarning, r"The '\w+' does not have many workers"),
-    # an iterable of batches without a length is welcome
-    (UserWarning, r"Total length of `\w+` across ranks is zero"),
-    # a pass without training has no optimizer and needs none
-    (UserWarning, r"`.*configure_optimizers`"),
-)
 
 
 class Forward(LightningModule):
@@ -46,15 +33,22 @@ class Forward(LightningModule):
 
 
 class Listener(Callback):
-    """Hear every output of a pass, and its end while all processes are still there."""
+    """Hear every output of a pass, and its start and end, when all processes are there."""
 
     def __init__(
         self,
         each: Callable[[Any, Any, int], None] | None = None,
+        at_start: Callable[[], None] | None = None,
         at_end: Callable[[], None] | None = None,
     ) -> None:
         self.each = each  # (output, batch, index)
+        self.at_start = at_start
         self.at_end = at_end
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pass the start on."""
+        if self.at_start:
+            self.at_start()
 
     def on_predict_batch_end(
         self,
@@ -122,11 +116,12 @@ def forward_pass(
     trainer: Trainer,
     title: str,
     each: Callable[[Any, Any, int], None] | None = None,
+    at_start: Callable[[], None] | None = None,
     at_end: Callable[[], None] | None = None,
 ) -> None:
     """Run model on every batch without gradients; outputs go to each(output, batch, index), none is kept."""
     start = time.perf_counter()
-    with quiet(trainer), listening(trainer, Listener(each, at_end)):
+    with quiet(trainer), listening(trainer, Listener(each, at_start, at_end)):
         trainer.predict(Forward(model, task), dataloaders=batches, return_predictions=False)
     log.info("%s: %.1f s", title, time.perf_counter() - start)
 
@@ -163,15 +158,3 @@ def listening(trainer: Trainer, callback: Callback) -> Iterator[None]:
         yield
     finally:
         callbacks.remove(callback)
-
-
-@contextmanager
-def quiet(trainer: Trainer) -> Iterator[None]:
-    """Leave out known noise, and the progress bar where it would fill a log file with lines."""
-    bar = trainer.progress_bar_callback
-    if bar is not None and not sys.stdout.isatty():
-        bar.disable()
-    with warnings.catch_warnings():
-        for category, message in _KNOWN_NOISE:
-            warnings.filterwarnings("ignore", message, category)
-        yield

@@ -38,7 +38,7 @@ class Top1Percent(Metric):
 
     def compute(self) -> Tensor:
         """Return the percentage of right answers."""
-        return 100.0 * self.correct / self.total
+        return 100.0 * self.correct.cpu().double() / self.total.cpu()
 
 
 class Classification(Task):
