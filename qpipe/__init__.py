@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.transform import Transform
     from qpipe.packing import pack, payload_bytes, unpack
     from qpipe.recipe import Recipe, Reference, Slot
-    from qpipe.statistics import Extremes, Statistics
+    from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
     from qpipe.task import Task
     from qpipe.training import Learner, TrainingStrategy
     from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
@@ -38,7 +38,7 @@ _HOME = {
     "kinds.transform": ["Transform"],
     "packing": ["pack", "payload_bytes", "unpack"],
     "recipe": ["Recipe", "Reference", "Slot"],
-    "statistics": ["Extremes", "Statistics"],
+    "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
     "task": ["Task"],
     "training": ["Learner", "TrainingStrategy"],
     "types": ["Artifact", "Edge", "QParams", "QuantSpec", "Range", "Report", "Role", "Target"],

@@ -1,0 +1,38 @@
+"""What Lightning says that no user of qpipe can act on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pytorch_lightning import Trainer
+
+# Noise that no user of qpipe can act on: (category, beginning of the message).
+_KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
+    # Lightning 2.6 asks torch 2.13's pytree in the old way
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+    # calibration has few batches on purpose; loading is the user's business
+    (UserWarning, r"The '\w+' does not have many workers"),
+    # an iterable of batches without a length is welcome
+    (UserWarning, r"Total length of `\w+` across ranks is zero"),
+    # training without a validation set is the user's choice
+    (UserWarning, r"You defined a `validation_step` but have no `val_dataloader`"),
+    # a small training set has few steps to log
+    (UserWarning, r"The number of training batches \(\d+\) is smaller than the logging interval"),
+    # a pass without training has no optimizer and needs none
+    (UserWarning, r"`.*configure_optimizers`"),
+)
+
+
+@contextmanager
+def quiet(trainer: Trainer) -> Iterator[None]:
+    """Leave out known noise, and the progress bar where it would fill a log file with lines."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and not sys.stdout.isatty():
+        bar.disable()
+    with warnings.catch_warnings():
+        for category, message in _KNOWN_NOISE:
+            warnings.filterwarnings("ignore", message, category)
+        yield
