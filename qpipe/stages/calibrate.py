@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from qpipe.errors import DataError, RecipeError
-from qpipe.nn import FakeQuant, edge_quantizers, weight_quantizers
+from qpipe.nn import FakeQuant, disabled, edge_quantizers, weight_quantizers
 from qpipe.recipe import Slot
 from qpipe.stages.data import process
 from qpipe.stages.forward import forward_pass
@@ -86,7 +86,8 @@ def observe(
         seen.update({edge: merged[edge.name] for edge in edges if edge.name in merged})
 
     try:
-        forward_pass(model, batches, task, trainer, "calibrate", at_start=start, at_end=merge)
+        with disabled(model):  # the float model's: the same facts for every recipe
+            forward_pass(model, batches, task, trainer, "calibrate", at_start=start, at_end=merge)
     finally:
         for edge in edges:
             edge.statistics = None
@@ -102,7 +103,8 @@ def needed(slot: Slot) -> type[Statistics]:
     wanted: list[type[Statistics]] = [slot.quantizer.needs]
     if slot.quantizer.uses_range:
         wanted.append(slot.calibrator.needs)
-    for candidate in (*wanted, Histogram):
+    candidates: list[type[Statistics]] = [*wanted, Histogram]
+    for candidate in candidates:
         if not isabstract(candidate) and all(w is Extremes or issubclass(candidate, w) for w in wanted):
             return candidate
     raise RecipeError(
