@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qpipe.errors import RecipeError
 from qpipe.groups import Option, groups, rank
-from qpipe.overrides import OBJECTS, SEVERAL, SLOTS, chosen_groups, translate, value_path
+from qpipe.overrides import OBJECTS, SEVERAL, chosen_groups, translate, value_path
 from qpipe.registry import conf_dir, installed_packages, suggest
 
 _REQUIRED = (*OBJECTS, "target", "quantizer", "calibrator", "granularity")
@@ -57,6 +58,11 @@ def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, 
     return {key: config[key] for key in sorted(config, key=rank)}
 
 
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """Return a configuration as yaml."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+
 def _compose(
     overrides: list[str], words: Sequence[str], options: _Groups, file: Path | None
 ) -> dict[str, Any]:
@@ -65,6 +71,8 @@ def _compose(
         resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise RecipeError(f"{error.full_key} has no value; give it one: {error.full_key}=…") from None
+    except MissingConfigException as error:
+        raise RecipeError(_not_installed(str(error.missing_cfg_file or error), options)) from None
     except (HydraException, OmegaConfBaseException, OSError) as error:
         _explain_key(words, options, file)
         raise RecipeError(_first_line(error)) from None
@@ -76,6 +84,14 @@ def _hydra(overrides: list[str], file: Path | None) -> Any:  # noqa: ANN401  # a
     folder, name = (conf_dir(), "config") if file is None else (file.resolve().parent, file.stem)
     with initialize_config_dir(str(folder), version_base="1.3"):
         return compose(name, overrides)
+
+
+def _not_installed(missing: str, options: _Groups) -> str:
+    group, _, name = missing.removesuffix(".yaml").rpartition("/")
+    only = os.environ.get("QPIPE_PLUGINS")
+    limited = f"; QPIPE_PLUGINS={only} hides the rest" if only is not None else ""
+    installed = ", ".join(sorted(options.get(group, ()))) or "none"
+    return f"no {group} named '{name}'; installed: {installed}{limited}"
 
 
 def _explain_key(words: Sequence[str], options: _Groups, file: Path | None) -> None:
@@ -119,6 +135,3 @@ def _check_headers(config: Mapping[str, Any]) -> None:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
-
-
-__all__ = ["SLOTS", "PluginFolders", "compose_config", "conf_dir"]

@@ -26,7 +26,8 @@ _FLAGS = (
     ("--config FILE", "start from a run's config.yaml instead of the groups"),
     ("--version, --help", "say which version this is; print this page"),
     ("plan=true", "say what would be quantized, and touch nothing"),
-    ("out=FOLDER  seed=0", "the run's folder (default runs/<date-time>); the seed of every generator"),
+    ("out=FOLDER", "the run's folder (default runs/<date-time>)"),
+    ("seed=0", "the seed of every random generator"),
     ("layers=[{match:'stem.*',weight:{num_bits:8}}]", "rules for single layers, first to last"),
 )
 _KEYS = """\
@@ -44,7 +45,7 @@ def help_text() -> str:
         lines.append(f"  {group}")
         lines += _rows([(name, found[group][name].description) for name in sorted(found[group])], 20, width)
     lines += ["", _KEYS, "", "Flags and keys:", *_rows(_FLAGS, 47, width), "", "Examples:"]
-    lines += [f"    python -m qpipe {words}\n        {why}" for words, why in _EXAMPLES]
+    lines += [f"    python -m qpipe {words}".rstrip() + f"\n        {why}" for words, why in _EXAMPLES]
     return "\n".join(lines)
 
 

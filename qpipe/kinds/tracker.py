@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qpipe.errors import RecipeError
+
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
@@ -32,3 +34,11 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
         """Record the report, close the run as 'finished', 'failed' or 'killed', return where to look."""
+
+    def sync(self, folder: Path) -> str:
+        """Record a finished run's folder that start() and finish() never reached, once; say where it is.
+
+        Raises:
+            RecipeError: this tracker cannot.
+        """
+        raise RecipeError(f"tracker '{self.name}' cannot record a folder afterwards; run the job again")

@@ -1,0 +1,103 @@
+"""Compose, load plugins, build, run, exit code: `python -m qpipe`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from qpipe.errors import QpipeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 ok, 1 failed, 2 usage, 3 a gate, 4 part of a sweep, 130."""
+    arguments = _arguments(argv)
+    if arguments.help:
+        from qpipe.help import help_text
+
+        print(help_text())
+        return 0
+    from qpipe.console import error
+    from qpipe.errors import QpipeError
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.path.insert(0, str(Path.cwd()))  # a user's own modules, for the console script as for -m
+    try:
+        jobs, configs = _compose(arguments)
+        if arguments.cfg:
+            from qpipe.config import as_yaml
+
+            print("---\n".join(as_yaml(config) for config in configs), end="")
+            return 0
+        return _run(jobs, configs, arguments.multirun)
+    except QpipeError as problem:
+        error(problem)
+        return _code(problem)
+    except (KeyboardInterrupt, SystemExit):  # Lightning exits when interrupted
+        error("interrupted; nothing was kept")
+        return 130
+
+
+def _compose(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    from qpipe.config import compose_config
+    from qpipe.overrides import expand
+
+    jobs = expand(arguments.words, arguments.multirun)
+    return jobs, [compose_config(words, arguments.config) for words in jobs]
+
+
+def _run(jobs: list[list[str]], configs: list[dict[str, Any]], multirun: bool) -> int:
+    from qpipe.console import notice
+    from qpipe.jobs import run_job, run_sweep
+    from qpipe.registry import PluginRegistry
+
+    registry = PluginRegistry.load_installed()
+    for message in registry.notices:
+        notice(message)
+    _hush()
+    if multirun:
+        return run_sweep(jobs, configs, registry)
+    run_job(configs[0], registry)
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser("qpipe", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--version", action="version", version=f"qpipe {version('qpipe-quant')}")
+    return parser.parse_intermixed_args(argv)
+
+
+def _code(error: QpipeError) -> int:
+    from qpipe.errors import GateError, PluginError, RecipeError
+
+    if isinstance(error, GateError):
+        return 3
+    return 2 if isinstance(error, (RecipeError, PluginError)) else 1
+
+
+def _hush() -> None:
+    """Keep Lightning's advice out of the output; its errors stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

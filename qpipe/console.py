@@ -1,0 +1,160 @@
+"""What a run prints: tables on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpipe.types import Report
+
+_KINDS = ("quantizer", "calibrator", "granularity")
+_SEVERAL = ("transform", "finetune", "evaluator", "exporter")
+_Config = Mapping[str, Any]
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes, tracks and prints."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((rank for rank in ranks if rank), "0")) == 0
+
+
+def error(message: object) -> None:
+    """Print one sentence to stderr."""
+    if is_rank_zero():
+        print(f"qpipe: {message}", file=sys.stderr)
+
+
+def notice(message: object) -> None:
+    """Print what a user should know to stderr."""
+    error(f"note: {message}")
+
+
+def header(config: _Config) -> None:
+    """Name what was chosen."""
+    rows = [
+        (name, config[name]["_target_"].rpartition(".")[2]) for name in ("model", "data") if name in config
+    ]
+    rows += [("target", config["target"]["name"])]
+    rows += [(role, _slot(config, config[role])) for role in ("weight", "activation")]
+    rows += [(kind, ", ".join(config[kind]) or "none") for kind in _SEVERAL if config.get(kind)]
+    _table(None, rows)
+
+
+def summary(report: Report, where: str | None = None) -> None:
+    """Print edges, notices and the figures of every variant, and where the run is."""
+    edges(report)
+    for message in report.notices:
+        notice(message)
+    variants = list(report.metrics)
+    names = list(dict.fromkeys(name for metrics in report.metrics.values() for name in metrics))
+    figures = [(name, *(_figure(report.metrics[v].get(name)) for v in variants)) for name in names]
+    if figures:
+        _table(("", *variants), figures)
+    for artifact in report.artifacts:
+        _line(f"{artifact.exporter}: {artifact.path} ({artifact.num_bytes:,} bytes, {artifact.engine})")
+    if report.folder is not None:
+        _line(f"run folder: {report.folder}")
+    if where:
+        _line(where)
+
+
+def edges(report: Report) -> None:
+    """Print the quantized edges and weights by how they are quantized, and what was left."""
+    for title, rows in (("edges", report.edges), ("weights", report.weights)):
+        for how, names in _by_slot(rows).items():
+            _wrapped(f"{len(names)} {title}, {how}: ", names)
+    if report.skipped:
+        _wrapped(
+            f"{len(report.skipped)} in floating point: ", [f"{k} ({v})" for k, v in report.skipped.items()]
+        )
+
+
+def sweep(rows: Sequence[tuple[Sequence[str], Report | None]], repeats: Sequence[str]) -> None:
+    """Print one line for each job, and the command that repeats each failed one."""
+    done = [report for _, report in rows if report is not None]
+    columns = list(
+        dict.fromkeys((v, name) for report in done for v in report.metrics for name in report.metrics[v])
+    )
+    columns = [column for column in columns if _differs(done, *column)][:6]
+    table = [
+        (
+            " ".join(words),
+            *(_figure(report.metrics.get(v, {}).get(name) if report else None) for v, name in columns),
+        )
+        for words, report in rows
+    ]
+    _table(("job", *(f"{v} {name}" for v, name in columns)), table)
+    for command in repeats:
+        error(f"failed; repeat it with: {command}")
+
+
+def command(words: Iterable[str]) -> str:
+    """Return the shell command that runs one job."""
+    return "python -m qpipe " + shlex.join(words)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines of aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _table(head: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+    if not is_rank_zero() or not rows:
+        return
+    if not sys.stdout.isatty():
+        print("\n".join(aligned([*([head] if head else []), *rows])))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=head is not None, pad_edge=False)
+    for index, name in enumerate(head or rows[0]):
+        table.add_column(name, justify="right" if head and index else "left", style=None if index else "bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _line(text: str) -> None:
+    if is_rank_zero():
+        print(text)
+
+
+def _wrapped(lead: str, names: Iterable[str]) -> None:
+    width = 110 if not sys.stdout.isatty() else min(os.get_terminal_size().columns, 120)
+    _line(textwrap.fill(lead + ", ".join(names), width, subsequent_indent="    ", break_on_hyphens=False))
+
+
+def _by_slot(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        range_rule = f" {row['calibrator']}" if row.get("calibrator") else ""
+        how = f"{row['num_bits']} bits {row['quantizer']}{range_rule} {row['granularity']}"
+        groups.setdefault(how, []).append(row["name"])
+    return groups
+
+
+def _slot(config: _Config, slot: _Config | None) -> str:
+    if slot is None:
+        return "floating point"
+    words = [(slot.get(kind) or config[kind])["name"] for kind in _KINDS]
+    form = "symmetric" if slot["symmetric"] else "asymmetric"
+    dynamic = ", dynamic" if slot.get("dynamic") else ""
+    return f"{slot['num_bits']} bits {form}{dynamic}, {' '.join(words)}"
+
+
+def _differs(reports: Sequence[Report], variant: str, name: str) -> bool:
+    return len({report.metrics.get(variant, {}).get(name) for report in reports}) > 1 or len(reports) == 1
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
