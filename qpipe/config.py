@@ -73,7 +73,7 @@ def _compose(
         raise RecipeError(f"{error.full_key} has no value; give it one: {error.full_key}=…") from None
     except MissingConfigException as error:
         raise RecipeError(_not_installed(str(error.missing_cfg_file or error), options)) from None
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         _explain_key(words, options, file)
         raise RecipeError(_first_line(error)) from None
     assert isinstance(resolved, dict)  # noqa: S101  # a DictConfig gives a dict
@@ -100,7 +100,7 @@ def _explain_key(words: Sequence[str], options: _Groups, file: Path | None) -> N
     for word in sorted(words, key=lambda word: len(value_path(word))):
         try:
             known = OmegaConf.to_container(_hydra(translate(accepted, options), file))
-        except (HydraException, OmegaConfBaseException, OSError):
+        except (HydraException, OmegaConfBaseException, OSError, ValueError):
             return
         _check_path(value_path(word), known, options)
         accepted.append(word)

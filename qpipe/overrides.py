@@ -91,7 +91,7 @@ def _spelt_out(override: Override, groups: _Groups) -> Override:
         return replace(override, key_or_group=kind, package=key)
     if key in SEVERAL and value in ("none", None) and "none" not in groups.get(key, {}):
         return replace(override, _value=[])
-    if key in groups and (value is None or (key == "tracker" and value == "none")):
+    if (key in groups and value is None) or (key == "tracker" and value in ("none", None)):
         return replace(override, type=OverrideType.DEL, value_type=None)
     if override.is_delete():
         return override
