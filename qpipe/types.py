@@ -65,6 +65,10 @@ class Range:
         ratios = ratios.to(self.low)
         return Range(self.low * ratios, self.high * ratios)
 
+    def clipped(self, magnitude: Tensor) -> Range:
+        """Return the part of the range within +-magnitude [B, 1]."""
+        return Range(self.low.clamp(-magnitude, magnitude), self.high.clamp(-magnitude, magnitude))
+
     def take(self, index: Tensor) -> Range:
         """Pick candidate index [B, 1] of each block."""
         return Range(self.low.gather(-1, index), self.high.gather(-1, index))
@@ -112,6 +116,8 @@ class Target:
         quantized: operations that run on codes; their inputs and outputs are edges.
         fused: activations that end an operation's fused chain without an edge before them.
         passthrough: operations that hand codes on unchanged.
+        weight_only: operations whose weights are kept as codes, while they compute in floating point.
+        outputs: whether results of quantized operations are edges too, and not their inputs alone.
         weight_bits, activation_bits: bits the engine executes; empty means any.
         weight_granularities, activation_granularities: granularities the engine executes; empty means any.
         weight_signed, weight_symmetric, activation_signed, activation_symmetric: None means either.
@@ -122,6 +128,8 @@ class Target:
     quantized: tuple[str, ...]
     fused: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
+    weight_only: tuple[str, ...] = ()
+    outputs: bool = True
     weight_bits: tuple[int, ...] = ()
     activation_bits: tuple[int, ...] = ()
     weight_granularities: tuple[str, ...] = ()
