@@ -1,0 +1,81 @@
+"""What of a run goes into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+REPORT_TAG = "qpipe.report"
+_BATCH = 100  # parameters MLflow takes at once
+_LONGEST = 6000  # characters of a parameter
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) for every value of a nested configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield _name(f"{prefix}{key}"), str(value)[:_LONGEST]
+
+
+def log_config(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+    """Log a configuration as parameters."""
+    from mlflow.entities import Param
+
+    params = [Param(key, value) for key, value in flatten(config)]
+    for start in range(0, len(params), _BATCH):
+        client.log_batch(run_id, params=params[start : start + _BATCH])
+
+
+def log_folder(client: MlflowClient, run_id: str, folder: Path, serve: bool) -> None:
+    """Log a finished run's folder: metrics as '<variant>.<metric>', every file, and a model to be served.
+
+    Doing it twice gives the same: metrics carry the time at which the run finished.
+    """
+    from mlflow.entities import Metric
+
+    client.set_tag(run_id, REPORT_TAG, digest(folder))
+    report = json.loads((folder / "report.json").read_text())
+    time_ms = _time_ms(report)
+    metrics = [
+        Metric(_name(f"{variant}.{name}"), float(value), time_ms, 0)
+        for variant, values in report["metrics"].items()
+        for name, value in values.items()
+    ]
+    client.log_batch(run_id, metrics=metrics)
+    client.log_artifacts(run_id, str(folder))
+    if serve:
+        _log_served(client, run_id, [folder / a["path"] for a in report["artifacts"]])
+
+
+def digest(folder: Path) -> str:
+    """Return what names the record of a run."""
+    return hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
+
+
+def _log_served(client: MlflowClient, run_id: str, paths: Sequence[Path]) -> None:
+    from qpipe_mlflow._model import save_model
+
+    for path in paths:
+        if path.suffix == ".onnx":
+            with save_model(path) as model:
+                client.log_artifacts(run_id, str(model), "model")
+            return
+
+
+def _time_ms(report: Mapping[str, Any]) -> int:
+    finished = report.get("environment", {}).get("finished", "1970-01-01T00:00:00+00:00")
+    return int(datetime.fromisoformat(finished).timestamp() * 1000)
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", text)[:250]

@@ -1,0 +1,150 @@
+"""Record runs in MLflow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qpipe import PluginError, Report, Tracker, hookimpl
+from qpipe_mlflow._record import REPORT_TAG, digest, log_config, log_folder
+from qpipe_mlflow._store import PROCESS_TAG, connect, process_tag, reconcile, resolve
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from pytorch_lightning.loggers import Logger
+
+log = logging.getLogger("qpipe")
+
+
+class MLflowTracker(Tracker):
+    """Record parameters, metrics, files and a model that can be served.
+
+    The store is SQLite in the working folder unless uri or MLFLOW_TRACKING_URI names another. When it does
+    not answer, the run goes on; its folder holds everything, and `qpipe sync folder` records it later.
+
+    Args:
+        uri: of the tracking store.
+        experiment: name of the experiment.
+        serve: log the ONNX file as a model for `mlflow models serve`.
+    """
+
+    name = "mlflow"
+
+    def __init__(self, uri: str | None = None, experiment: str = "qpipe", serve: bool = True) -> None:
+        self.uri = resolve(uri)
+        self.experiment = experiment
+        self.serve = serve
+        self.client: MlflowClient | None = None
+        self.experiment_id = ""
+        self.run_id: str | None = None
+
+    def start_sweep(self, config: Mapping[str, Any]) -> str | None:
+        """Open the parent run of a sweep; None when the store does not answer."""
+        return self._open(config, {"qpipe.sweep": "true"})
+
+    def finish_sweep(self, parent: str, status: str) -> None:
+        """Close the parent run."""
+        self.run_id = parent
+        self._close(status)
+
+    def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:
+        """Open a run; a store that does not answer is a warning."""
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        if self._open(config, tags) is None:
+            return False
+        from qpipe_mlflow._logger import RunLogger
+
+        return RunLogger(self.experiment, tracking_uri=self.uri, run_id=self.run_id)
+
+    def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
+        """Record the run's folder and close the run; return the command or the page that shows it."""
+        written = folder is not None and (folder / "report.json").is_file()
+        if self.client is None or self.run_id is None:
+            return f"not recorded; later: qpipe sync {folder}" if written else None
+        try:
+            if folder is not None and written:
+                log_folder(self.client, self.run_id, folder, self.serve)
+        except Exception as error:  # whatever a store raises
+            self._lost(error)
+            return f"not recorded completely; later: qpipe sync {folder}"
+        self._close(status)
+        return self._where()
+
+    def sync(self, folder: Path) -> str:
+        """Record a finished run's folder, once; return where it is shown.
+
+        Raises:
+            PluginError: the folder holds no report, or the store does not answer.
+        """
+        if not (folder / "report.json").is_file():
+            raise PluginError(f"{folder} holds no report.json; give the folder of a finished run")
+        try:
+            self._connect()
+            self._record_once(folder)
+        except Exception as error:
+            raise PluginError(f"tracking store {self.uri} does not answer: {error}") from None
+        return self._where()
+
+    def _record_once(self, folder: Path) -> None:
+        assert self.client is not None  # noqa: S101  # connected just now
+        same = f"tags.`{REPORT_TAG}` = '{digest(folder)}'"
+        found = self.client.search_runs([self.experiment_id], same, max_results=1)
+        if found and found[0].info.status == "FINISHED":
+            self.run_id = found[0].info.run_id
+            return
+        config_file = folder / "config.yaml"
+        config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+        self.run_id = found[0].info.run_id if found else self._create(config, {})
+        log_folder(self.client, self.run_id, folder, self.serve)
+        self.client.set_terminated(self.run_id, "FINISHED")
+
+    def _connect(self) -> None:
+        self.client, self.experiment_id = connect(self.uri, self.experiment)
+
+    def _open(self, config: Mapping[str, Any], tags: Mapping[str, str]) -> str | None:
+        try:
+            self._connect()
+            self.run_id = self._create(config, tags)
+        except Exception as error:  # whatever a store raises
+            self._lost(error)
+        return self.run_id
+
+    def _create(self, config: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        assert self.client is not None  # noqa: S101
+        reconcile(self.client, self.experiment_id)
+        run = self.client.create_run(self.experiment_id, tags={PROCESS_TAG: process_tag(), **tags})
+        run_id = str(run.info.run_id)
+        log_config(self.client, run_id, config)
+        return run_id
+
+    def _close(self, status: str) -> None:
+        try:
+            if self.client is None:
+                self._connect()
+            if self.client is not None and self.run_id is not None:
+                self.client.set_terminated(self.run_id, status.upper())
+        except Exception as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self.client = None
+        log.warning(
+            "tracking store %s does not answer (%s); the run goes on and its folder can be recorded later",
+            self.uri,
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
+
+    def _where(self) -> str:
+        if self.uri.startswith(("http://", "https://")):
+            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+@hookimpl
+def qpipe_register_tracker() -> list[type[Tracker]]:
+    """Offer MLflow."""
+    return [MLflowTracker]
