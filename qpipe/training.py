@@ -24,9 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qpipe.distillation import Distillation
 from qpipe.errors import DataError, RecipeError
 from qpipe.kinds.finetune import FinetuneStrategy
-from qpipe.nn import FakeQuant, on_blocks
+from qpipe.nn import FakeQuant, edge_quantizers, observing, on_blocks, weight_quantizers
 from qpipe.noise import quiet
 from qpipe.recipe import Slot
+from qpipe.statistics import Extremes
 from qpipe.task import Task
 from qpipe.types import QParams
 
@@ -208,6 +209,32 @@ def fake_quants(model: nn.Module) -> list[FakeQuant]:
 def trains_itself(model: nn.Module) -> bool:
     """Say whether model is a LightningModule with a training step of its own."""
     return isinstance(model, LightningModule) and is_overridden("training_step", model, LightningModule)
+
+
+def mean_magnitudes(
+    model: nn.Module, data: LightningDataModule, task: Task
+) -> list[tuple[FakeQuant, Tensor]]:
+    """Return mean |x| of each block [B, 1]: of weights, and of edges over the first training batch."""
+    found = []
+    for weight in weight_quantizers(model):
+        blocks = weight.fake_quant.slot.granularity.to_blocks(weight.blocks_input())
+        found.append((weight.fake_quant, blocks.abs().mean(-1, keepdim=True)))
+    seen = {edge: _MeanMagnitude() for edge in edge_quantizers(model) if edge.learner is not None}
+    args, kwargs = task.inputs(next(iter(data.train_dataloader())))
+    with observing(seen), torch.no_grad():
+        model(*args, **kwargs)
+    found += [(edge, stats.mean) for edge, stats in seen.items() if stats.mean.numel()]
+    return found
+
+
+class _MeanMagnitude(Extremes):
+    """Mean |x| of the last batch."""
+
+    mean = torch.empty(0, 1)
+
+    def update(self, blocks: Tensor) -> None:
+        """Take in blocks [B, N]."""
+        self.mean = blocks.abs().mean(-1, keepdim=True)
 
 
 def optimizer_class(chosen: str | Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
