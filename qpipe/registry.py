@@ -244,7 +244,9 @@ def _offered(module_name: str, manager: pluggy.PluginManager) -> list[tuple[str,
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         manager.unregister(module)
-        raise PluginError(f"{error}{suggest(str(error), [_HOOK + kind for kind in KINDS])}") from None
+        unknown = str(error).split("'")[1]
+        hint = suggest(unknown, [_HOOK + kind for kind in KINDS])
+        raise PluginError(f"there is no hook '{unknown}'{hint}") from None
     return [
         (kind, cls)
         for kind in KINDS
