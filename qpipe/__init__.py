@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qpipe.convert import convert
+    from qpipe.conversion import CodedActivation, convert
     from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
     from qpipe.hookspecs import hookimpl
     from qpipe.kinds.calibrator import Calibrator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
 
 _HOME = {
-    "convert": ["convert"],
+    "conversion": ["CodedActivation", "convert"],
     "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
     "hookspecs": ["hookimpl"],
     "kinds.calibrator": ["Calibrator"],

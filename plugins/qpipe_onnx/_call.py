@@ -36,10 +36,10 @@ def batched(leaf: Any, size: int) -> bool:  # noqa: ANN401
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
-def first_sample(call: Call) -> Call:
-    """Cut a call's tensors to one sample."""
+def some_samples(call: Call, count: int) -> Call:
+    """Cut a call's tensors to count samples."""
     size = batch_size(call)
-    cut: Call = pytree.tree_map(lambda leaf: leaf[:1].clone() if batched(leaf, size) else leaf, call)
+    cut: Call = pytree.tree_map(lambda leaf: leaf[:count].clone() if batched(leaf, size) else leaf, call)
     return cut
 
 
@@ -49,3 +49,8 @@ def moved(call: Call, device: torch.device | str) -> Call:
         lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call
     )
     return on_device
+
+
+def tensors(call: Call) -> list[Tensor]:
+    """Return the tensors among a call's arguments, in the order of the file's inputs."""
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]

@@ -11,6 +11,17 @@ from onnx_ir.passes import common as passes
 
 _BIAS_CODES = 2**30  # half of int32, the other half is left to the sum
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+_PASSTHROUGH = (
+    "Flatten",
+    "Gather",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
 _Array = np.ndarray[Any, Any]
 
 
@@ -31,6 +42,9 @@ def fuse(model: ir.Model) -> None:
             _name_average(model.graph, node)
         elif node.op_type == "Pad":
             _pad_inside(model.graph, node)
+    for node in [*model.graph]:
+        if node.op_type in _PASSTHROUGH:
+            _move_codes(model.graph, node)
     for node in [*model.graph]:
         if node.op_type in ("Relu", "Clip"):
             _drop_saturated(model.graph, node)
@@ -82,12 +96,28 @@ def _name_average(graph: ir.Graph, node: ir.Node) -> None:
 
 def _flatten_behind(graph: ir.Graph, pool: ir.Node) -> None:
     last = pool
-    while len(last.outputs[0].consumers()) == 1 and last.outputs[0].consumers()[0].op_type in _QDQ:
-        last = last.outputs[0].consumers()[0]
+    while len(users := last.outputs[0].consumers()) == 1 and users[0].op_type in _QDQ:
+        last = users[0]
         last.outputs[0].shape = None
     flatten = ir.node("Flatten", [last.outputs[0]], {"axis": 1})
     _replace(graph, last.outputs[0], flatten.outputs[0], but=flatten)
     graph.insert_after(last, flatten)
+
+
+def _move_codes(graph: ir.Graph, node: ir.Node) -> None:
+    """Let an operation that only moves values move codes: it is dequantized behind, not before."""
+    before = _dequantizer(node.inputs[0])
+    if before is None or before.codes is not None or len(node.outputs) != 1 or before.scale.size != 1:
+        return
+    behind = ir.node("DequantizeLinear", [node.outputs[0], *before.node.inputs[1:]])
+    _replace(graph, node.outputs[0], behind.outputs[0], but=behind)
+    graph.insert_after(node, behind)
+    codes = before.node.inputs[0]
+    node.replace_input_with(0, codes)
+    if codes is not None and codes.dtype is not None:
+        node.outputs[0].dtype = codes.dtype
+    if not before.node.outputs[0].uses():
+        graph.remove(before.node, safe=True)
 
 
 def _pad_inside(graph: ir.Graph, node: ir.Node) -> None:
@@ -96,7 +126,7 @@ def _pad_inside(graph: ir.Graph, node: ir.Node) -> None:
     value = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if _attribute(node, "mode", "constant") != "constant" or (value is not None and value.any()):
         return
-    if pads is None or len(node.inputs) > 3 and node.inputs[3] is not None or not convolutions:
+    if pads is None or not convolutions or any(node.inputs[3:]):
         return
     before, after = pads[: pads.size // 2], pads[pads.size // 2 :]
     if before[:2].any() or after[:2].any() or any(conv.op_type != "Conv" for conv in convolutions):

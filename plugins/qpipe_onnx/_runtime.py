@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe_onnx._call import Call
+from qpipe_onnx._call import Call, tensors
 
 
 class OnnxRuntimeModule(nn.Module):
@@ -34,10 +34,10 @@ class OnnxRuntimeModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by ONNX Runtime."""
-        tensors = _tensors((args, {key: kwargs[key] for key in self.keywords}))
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, tensors, strict=True)}
+        inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, inputs, strict=True)}
         results = iter(self.session.run(None, feed))
-        device = tensors[0].device
+        device = inputs[0].device
         leaves = [
             torch.from_numpy(next(results)).to(device) if isinstance(leaf, Tensor) else leaf
             for leaf in self.output
@@ -45,17 +45,16 @@ class OnnxRuntimeModule(nn.Module):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def session(path: Path, threads: int = 1, optimized: Path | None = None) -> Any:  # noqa: ANN401  # InferenceSession
-    """Open a file on the CPU; int8 weights stay exact on processors whose int8 products saturate."""
+def session(file: Path | bytes, threads: int = 1, optimized: Path | None = None) -> Any:  # noqa: ANN401  # InferenceSession
+    """Open a file, or its bytes, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def executed_nodes(path: Path) -> dict[str, int]:
@@ -79,7 +78,3 @@ def latencies_ms(modules: Sequence[nn.Module], call: Call, seconds: float = 0.4)
             module(*call[0], **call[1])
             taken.append(1e3 * (time.perf_counter() - start))
     return [statistics.median(taken) for taken in times]
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -80,8 +80,8 @@ def write(graph: onnx_ir.Model, path: Path) -> Callable[[Path], None]:
     return write_twin
 
 
-def _dynamic(call: Call) -> torch.export.ShapesCollection:
-    shapes = torch.export.ShapesCollection()
+def _dynamic(call: Call) -> Any:  # noqa: ANN401  # a ShapesCollection, which torch leaves untyped
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     size = batch_size(call)
     for leaf in pytree.tree_leaves(call):
         if batched(leaf, size):

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
-from qpipe_onnx._agreement import Agreement
-from qpipe_onnx._call import Call, batch_size, first_sample, moved
+from qpipe_onnx._agreement import Agreement, step_by_step
+from qpipe_onnx._call import Call, batch_size, moved, some_samples
 from qpipe_onnx._runtime import OnnxRuntimeModule, executed_nodes, latencies_ms
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
+_STEP_SAMPLES = 16  # compared edge by edge
 _PROBE = torch.empty(8, 4096, device="meta")
 
 
@@ -55,30 +56,33 @@ class OnnxExporter(Exporter):
         if call is None:
             raise DataError("there is no evaluation sample to prove the ONNX file on; give the data some")
         path = context.folder / _FILE
-        graph = trace(convert(context.simulation).cpu(), moved(call, "cpu"), self.opset)
-        twin = write(graph, path)
+        converted = convert(context.simulation).cpu()
+        call = moved(call, "cpu")
+        twin = write(trace(converted, call, self.opset), path)
         with torch.no_grad():
-            module = OnnxRuntimeModule(path, call, context.simulation(*call[0], **call[1]))
-            proof = self._agreement(module, context) | {"nodes": executed_nodes(path)}
+            module = OnnxRuntimeModule(path, call, converted(*call[0], **call[1]))
+            proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
+            proof |= self._agreement(module, context) | {"nodes": executed_nodes(path)}
             proof |= self._latency(module, twin, call)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         engine = f"onnxruntime {version('onnxruntime')}"
         return Artifact(self.name, engine, Path(_FILE), digest, path.stat().st_size, proof, module)
 
     def _agreement(self, module: nn.Module, context: ExportContext) -> dict[str, Any]:
-        executed, simulated, count = [], [], 0
+        """Compare all of the file with all of the simulation."""
+        outputs: list[tuple[Tensor, Tensor]] = []
+        count = 0
         for args, kwargs in _calls(context):
-            executed.append(context.task.compared(module(*args, **kwargs)).cpu().double())
-            simulated.append(context.task.compared(context.simulation(*args, **kwargs)).cpu().double())
+            pair = (module(*args, **kwargs), context.simulation(*args, **kwargs))
+            outputs.append((context.task.compared(pair[0]).cpu(), context.task.compared(pair[1]).cpu()))
             count += batch_size((args, kwargs))
             if count >= self.samples:
                 break
-        agreement = Agreement.between(executed, simulated, context.task.class_dim)
-        agreement.check()
-        return {"samples": count, **asdict(agreement)}
+        executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
+        return {"samples": count, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
 
     def _latency(self, module: nn.Module, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
-        sample = first_sample(moved(call, "cpu"))
+        sample = some_samples(call, 1)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / _FILE
             modules = [module]
@@ -98,6 +102,13 @@ def _calls(context: ExportContext) -> Iterator[Call]:
     device = tensors[0].device if tensors else torch.device("cpu")
     for batch in context.batches:
         yield moved(context.task.inputs(batch), device)
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """Join batches of outputs; sequences of other lengths end to end, when no other dimension varies."""
+    if all(x.shape[1:] == outputs[0].shape[1:] for x in outputs):
+        return torch.cat(outputs)
+    return torch.cat([x.flatten(0, -2) for x in outputs])
 
 
 def _slots(recipe: Recipe) -> Iterator[tuple[Role, Slot]]:

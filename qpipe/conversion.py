@@ -87,7 +87,7 @@ class CodedActivation(nn.Module):
                 f"'{fake_quant.name}' has {qparams.scale.numel()} scales, integer engines take one; "
                 "use activation.granularity=layer or channel"
             )
-        self.edge = getattr(fake_quant, "edge", None)
+        self.name = fake_quant.name
         self.scale, self.zero_point = float(qparams.scale), int(qparams.zero_point)
         self.limits: tuple[Any, ...] = (spec.quant_min, spec.quant_max, code_dtype(spec))
 
