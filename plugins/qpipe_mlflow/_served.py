@@ -6,7 +6,7 @@ from typing import Any
 
 import mlflow.models
 import numpy as np
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class OnnxModel(PythonModel):
