@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.tracker import Tracker
     from qpipe.kinds.transform import Transform
     from qpipe.packing import pack, payload_bytes, unpack
+    from qpipe.pipeline import build_recipe, quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
     from qpipe.task import Task
@@ -37,6 +38,7 @@ _HOME = {
     "kinds.tracker": ["Tracker"],
     "kinds.transform": ["Transform"],
     "packing": ["pack", "payload_bytes", "unpack"],
+    "pipeline": ["build_recipe", "quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
     "task": ["Task"],
