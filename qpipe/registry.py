@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pluggy
 
@@ -149,16 +149,16 @@ class PluginRegistry:
             PluginError: no such name is installed.
             RecipeError: an argument is unknown, missing or refused.
         """
-        arguments = {"name": config} if isinstance(config, str) else dict(config)
-        name = arguments.pop("name", None)
+        given = {"name": config} if isinstance(config, str) else dict(config)
+        name = given.pop("name", None)
         if name is None:
-            raise RecipeError(f"{kind} {arguments} has no 'name'; installed: {', '.join(self.names(kind))}")
+            raise RecipeError(f"{kind} {given} has no 'name'; installed: {', '.join(self.names(kind))}")
         cls = self.get(kind, name)
-        _check_arguments(cls, f"{kind} '{name}' ({cls.__name__})", arguments)
+        _check_arguments(cls, f"{kind} '{name}' ({cls.__name__})", given)
         try:
-            return cls(**arguments)
+            return cls(**given)
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"{kind} '{name}' cannot be built with {arguments}: {error}") from error
+            raise RecipeError(f"{kind} '{name}' cannot be built with {given}: {error}") from error
 
     def _unknown(self, kind: str, name: str) -> str:
         installed = self.names(kind)
@@ -256,17 +256,33 @@ def _offered(module_name: str, manager: pluggy.PluginManager) -> list[tuple[str,
     ]
 
 
-def _check_arguments(cls: type[Any], label: str, arguments: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+def arguments(cls: type[Any]) -> dict[str, bool] | None:
+    """Return the names a constructor takes and whether each must be given; None if it takes any.
+
+    Keywords typed `**options: Unpack[SomeTypedDict]` count by name.
+    """
+    names: dict[str, bool] = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            names[parameter.name] = parameter.default is parameter.empty
+            continue
+        unpacked = get_args(get_type_hints(cls.__init__).get(parameter.name))
+        if not unpacked:
+            return None
+        names |= {key: key in unpacked[0].__required_keys__ for key in unpacked[0].__annotations__}
+    return names
+
+
+def _check_arguments(cls: type[Any], label: str, given: Mapping[str, Any]) -> None:
+    known = arguments(cls)
+    if known is None:
         return
-    for key in arguments:
-        if key not in parameters:
-            takes = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
-            hint = suggest(key, parameters) or ";"
-            raise RecipeError(f"{label} has no key '{key}'{hint} {takes}")
-    for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in arguments:
+    for key in given:
+        if key not in known:
+            hint = suggest(key, known) or ";"
+            raise RecipeError(f"{label} has no key '{key}'{hint} it takes {', '.join(known) or 'none'}")
+    for key, required in known.items():
+        if required and key not in given:
             raise RecipeError(f"{label} needs a value for '{key}'")
 
 
