@@ -1,0 +1,152 @@
+"""The library: recipes built from plain words, and a run from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qpipe
+from qpipe.errors import DataError, RecipeError
+from qpipe.pipeline import build_recipe, library_config, run
+from qpipe.registry import PluginRegistry
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 24)
+        self.second = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.fixture(scope="module")
+def registry() -> PluginRegistry:
+    return PluginRegistry.load_installed()
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batches() -> Tensor:
+    return torch.randn(128, 16, generator=torch.Generator().manual_seed(1))
+
+
+def recipe(registry: PluginRegistry, **choices: Any) -> qpipe.Recipe:  # noqa: ANN401
+    return build_recipe(library_config(choices, exporting=False), registry)
+
+
+def test_quantize_leaves_the_users_model_alone(net: Net, batches: Tensor) -> None:
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.train()
+    quantized, report = qpipe.quantize(net, batches, quantizer="kl", granularity="channel")
+    assert net.training
+    assert type(net.first) is nn.Linear
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    expected, got = net(batches), quantized(batches)
+    sqnr = 10 * torch.log10(expected.square().sum() / (got - expected).square().sum()).item()
+    assert report.metrics["simulated"]["sqnr_db"] == pytest.approx(sqnr, abs=1e-3)
+    assert sqnr > 25
+
+
+def test_fewer_bits_are_worse_and_smaller(net: Net, batches: Tensor) -> None:
+    figures = [
+        qpipe.quantize(net, batches, weight={"num_bits": bits})[1].metrics["simulated"] for bits in (8, 4, 2)
+    ]
+    assert figures[0]["sqnr_db"] > figures[1]["sqnr_db"] > figures[2]["sqnr_db"]
+    assert figures[0]["size_bytes"] > figures[1]["size_bytes"] > figures[2]["size_bytes"]
+
+
+def test_a_run_leaves_its_folder_whole(net: Net, batches: Tensor, tmp_path: Path) -> None:
+    _, report = qpipe.quantize(net, batches, out=tmp_path / "run", exporter=[])
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert record["metrics"]["simulated"] == report.metrics["simulated"]
+    assert [edge["name"] for edge in record["edges"]] == [edge["name"] for edge in report.edges]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_failed_run_leaves_nothing(net: Net, batches: Tensor, tmp_path: Path) -> None:
+    batches[100] = torch.nan
+    with pytest.raises(DataError, match="'input'"):
+        qpipe.quantize(net, batches, out=tmp_path / "run", exporter=[])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_holds_files_is_refused(net: Net, batches: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(RecipeError, match="choose another"):
+        qpipe.quantize(net, batches, out=tmp_path, exporter=[])
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_a_shared_word_gets_a_stand_in_that_is_named(registry: PluginRegistry) -> None:
+    built = recipe(registry, quantizer="kl")
+    assert built.weight is not None
+    assert built.activation is not None
+    assert (built.weight.calibrator.name, built.activation.calibrator.name) == ("minmax", "kl")
+    assert any("'kl'" in notice and "'minmax'" in notice for notice in built.notices)
+
+
+def test_an_explicit_calibrator_wins_over_the_presets(registry: PluginRegistry) -> None:
+    built = recipe(registry, quantizer="kl", calibrator="percentile")
+    assert built.activation is not None
+    assert built.activation.calibrator.name == "percentile"
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"calibrator": "mes"}, "did you mean 'mse'"),
+        ({"weight": {"calibrator": "kl"}}, r"calibrator 'kl' cannot serve weights \(weight.calibrator=kl\)"),
+        ({"weight": {"num_bitz": 4}}, "weight has no key 'num_bitz'"),
+        ({"weight": {"dynamic": True}}, "no meaning"),
+        ({"activation": {"granularity": "token"}}, "activation.dynamic=true"),
+        ({"activation": {"granularity": "channel"}}, "cannot serve activations"),
+        ({"weight": {"num_bits": 1}}, "2"),
+        ({"layers": [{"mach": "x"}]}, "a layer rule is"),
+        ({"layers": [{"match": "x"}]}, "changes nothing"),
+        ({"target": "x68"}, "no target named 'x68'"),
+        ({"quantiser": "kl"}, "no argument 'quantiser'"),
+    ],
+)
+def test_choices_without_meaning_are_one_sentence(
+    registry: PluginRegistry, choices: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(qpipe.QpipeError, match=message):
+        recipe(registry, **choices)
+
+
+def test_layer_rules_apply_first_to_last(registry: PluginRegistry) -> None:
+    rules = [
+        {"match": "*", "weight": {"num_bits": 4}},
+        {"match": "fir*", "weight": {"calibrator": "mse"}},
+        {"match": "second", "weight": None},
+    ]
+    built = recipe(registry, layers=rules)
+    first, second = (built.slot(name, qpipe.Role.WEIGHT) for name in ("first", "second"))
+    assert first is not None
+    assert (first.spec.num_bits, first.calibrator.name) == (4, "mse")
+    assert second is None
+
+
+def test_the_trainer_and_task_are_the_users(net: Net, batches: Tensor) -> None:
+    from pytorch_lightning import Trainer
+
+    from qpipe.stages.data import as_datamodule
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    built = recipe(PluginRegistry.load_installed(), weight=None)
+    _, report = run(net, as_datamodule(batches), qpipe.Task(class_dim=None), built, trainer, num_samples=64)
+    assert "agreement_percent" not in report.metrics["simulated"]
+    assert report.weights == ()
+    assert report.edges != ()
