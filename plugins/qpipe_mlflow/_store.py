@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    with _one_at_a_time(uri), _without_migration_log():
+    with _one_at_a_time(uri):
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
@@ -94,15 +95,25 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
         yield
 
 
+# What MLflow says of itself: (category, pattern of the message).
+_KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
+    (DeprecationWarning, ""),  # its own use of SQLAlchemy and pydantic
+    (UserWarning, r"(?s).*[Tt]ype hint"),  # the hints of its own classes, and of code that is stored
+)
+
+
 @contextmanager
-def _without_migration_log() -> Iterator[None]:
-    """Leave out the hundred lines about the tables that are made."""
+def quiet() -> Iterator[None]:
+    """Leave out MLflow's known noise, and the hundred lines about the tables it makes."""
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
-        yield
+        with warnings.catch_warnings():
+            for category, message in _KNOWN_NOISE:
+                warnings.filterwarnings("ignore", message, category)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

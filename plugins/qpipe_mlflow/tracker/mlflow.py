@@ -11,7 +11,7 @@ import yaml
 
 from qpipe import PluginError, Report, Tracker, hookimpl
 from qpipe_mlflow._record import REPORT_TAG, digest, log_config, log_folder
-from qpipe_mlflow._store import PROCESS_TAG, connect, process_tag, reconcile, resolve
+from qpipe_mlflow._store import PROCESS_TAG, connect, process_tag, quiet, reconcile, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,15 +42,18 @@ class MLflowTracker(Tracker):
         self.experiment_id = ""
         self.run_id: str | None = None
 
+    @quiet()
     def start_sweep(self, config: Mapping[str, Any]) -> str | None:
         """Open the parent run of a sweep; None when the store does not answer."""
         return self._open(config, {"qpipe.sweep": "true"})
 
+    @quiet()
     def finish_sweep(self, parent: str, status: str) -> None:
         """Close the parent run."""
         self.run_id = parent
         self._close(status)
 
+    @quiet()
     def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:
         """Open a run; a store that does not answer is a warning."""
         tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -60,6 +63,7 @@ class MLflowTracker(Tracker):
 
         return RunLogger(self.experiment, tracking_uri=self.uri, run_id=self.run_id)
 
+    @quiet()
     def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
         """Record the run's folder and close the run; return the command or the page that shows it."""
         written = folder is not None and (folder / "report.json").is_file()
@@ -74,6 +78,7 @@ class MLflowTracker(Tracker):
         self._close(status)
         return self._where()
 
+    @quiet()
     def sync(self, folder: Path) -> str:
         """Record a finished run's folder, once; return where it is shown.
 

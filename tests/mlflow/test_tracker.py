@@ -1,0 +1,166 @@
+"""The real MLflow, on SQLite in a temporary folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from qpipe_mlflow._store import PROCESS_TAG, connect, quiet, resolve
+from qpipe_mlflow.tracker.mlflow import MLflowTracker
+
+from qpipe import PluginError, Report
+
+CONFIG = {"weight": {"num_bits": 8, "calibrator": None}, "tracker": {"name": "mlflow"}, "layers": []}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def client(uri: str) -> MlflowClient:
+    with quiet():
+        return connect(uri, "qpipe")[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished run with an ONNX file that doubles its input."""
+    (tmp_path / "onnx").mkdir()
+    io = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "g", io[:1], io[1:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "onnx/model.onnx")
+    report = {
+        "metrics": {"fp32": {"top1_percent": 99.4}, "onnx": {"top1_percent": 99.2, "latency_ms": 0.1}},
+        "artifacts": [{"path": "onnx/model.onnx"}],
+        "environment": {"finished": "2026-01-02T03:04:05+0000"},
+        "folder": str(tmp_path),  # differs from test to test, as runs do
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def test_a_run_is_recorded_under_its_parent_and_can_be_served(
+    uri: str, client: MlflowClient, folder: Path
+) -> None:
+    sweep = MLflowTracker(uri)
+    parent = sweep.start_sweep(CONFIG)
+    tracker = MLflowTracker(uri)
+    logger = tracker.start(CONFIG, parent)
+    logger.log_metrics({"loss": 0.5}, 3)
+    logger.finalize("success")
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    where = tracker.finish(Report({}, folder=folder), folder, "finished")
+    sweep.finish_sweep(parent, "failed")
+
+    run = client.get_run(tracker.run_id)
+    assert where == f"mlflow ui --backend-store-uri {uri}"
+    assert run.info.status == "FINISHED"
+    assert client.get_run(parent).info.status == "FAILED"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.params["weight.num_bits"] == "8"
+    assert run.data.metrics == {
+        "loss": 0.5,
+        "fp32.top1_percent": 99.4,
+        "onnx.top1_percent": 99.2,
+        "onnx.latency_ms": 0.1,
+    }
+    paths = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"report.json", "config.yaml", "onnx", "model"} <= paths
+    import mlflow.pyfunc  # warns when imported; the tracker imported it quietly
+
+    local = client.download_artifacts(run.info.run_id, "model", str(folder))
+    served = mlflow.pyfunc.load_model(local)
+    np.testing.assert_array_equal(served.predict(np.ones((2, 3), np.float32))["y"], 2 * np.ones((2, 3)))
+    assert served.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 3)
+    assert served.input_example is not None
+
+
+def test_sync_records_once(uri: str, client: MlflowClient, folder: Path) -> None:
+    experiment = client.get_experiment_by_name("qpipe").experiment_id
+    before = len(client.search_runs([experiment]))
+    tracker = MLflowTracker(uri, serve=False)
+    tracker.sync(folder)
+    again = MLflowTracker(uri, serve=False)
+    again.sync(folder)
+    assert again.run_id == tracker.run_id
+    assert len(client.search_runs([experiment])) == before + 1
+    run = client.get_run(tracker.run_id)
+    assert run.data.metrics["onnx.latency_ms"] == 0.1
+    assert run.data.params["weight.num_bits"] == "8"
+    with pytest.raises(PluginError, match=r"holds no report\.json"):
+        tracker.sync(folder / "onnx")
+
+
+def test_a_run_whose_process_died_is_marked_killed(uri: str, client: MlflowClient) -> None:
+    experiment = client.get_experiment_by_name("qpipe").experiment_id
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    tags = {PROCESS_TAG: f"{socket.gethostname()}:{dead.pid}"}
+    stale = client.create_run(experiment, tags=tags).info.run_id
+    elsewhere = client.create_run(experiment, tags={PROCESS_TAG: f"another-host:{dead.pid}"}).info.run_id
+    tracker = MLflowTracker(uri)
+    tracker.start(CONFIG)
+    assert client.get_run(stale).info.status == "KILLED"
+    assert client.get_run(elsewhere).info.status == "RUNNING"
+    tracker.finish(None, None, "killed")
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_a_dead_server_stops_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.delenv(name, raising=False)
+    start = time.monotonic()
+    tracker = MLflowTracker(f"http://127.0.0.1:{port}")
+    assert tracker.start(CONFIG) is False
+    assert tracker.finish(Report({}, folder=folder), folder, "finished") == (
+        f"not recorded; later: qpipe sync {folder}"
+    )
+    assert time.monotonic() - start < 30
+    assert len([r for r in caplog.records if "does not answer" in r.message]) == 1
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.delenv(name)  # setdefault of the tracker, not for other tests
+
+
+def test_the_users_own_limits_stay(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    connect(uri, "qpipe")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+
+
+def test_the_store_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve(None) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert resolve("sqlite:///sub/x.db") == f"sqlite:///{tmp_path / 'sub' / 'x.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert resolve(None) == "http://server:5000"
+    assert resolve("http://other") == "http://other"
+
+
+def test_a_store_that_dies_stops_no_training(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = MLflowTracker(uri)
+    logger = tracker.start(CONFIG)
+    MlflowClient(uri).delete_run(tracker.run_id)
+    logger.log_metrics({"loss": torch.tensor(1.0).item()}, 0)
+    logger.log_metrics({"loss": 2.0}, 1)
+    assert [r.message for r in caplog.records if "no longer recorded" in r.message] != []
