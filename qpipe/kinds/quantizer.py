@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from qpipe.functional import straight_through
+from qpipe.functional import Rounding, straight_through
 from qpipe.statistics import Extremes, Statistics
 from qpipe.types import QParams, QuantSpec, Range, Role
 
@@ -27,6 +28,7 @@ class Quantizer(ABC, Generic[S_contra]):
     stand_in: ClassVar[Mapping[Role, str]] = {}
     needs: ClassVar[type[Statistics]] = Extremes
     uses_range: ClassVar[bool] = True  # False: fitted to the statistics, no calibrator is asked
+    rounding: Rounding = "nearest"  # an option of those that round: 'stochastic' while a model trains
 
     @abstractmethod
     def fit(self, stats: S_contra, range: Range | None, spec: QuantSpec) -> QParams:
@@ -43,6 +45,19 @@ class Quantizer(ABC, Generic[S_contra]):
     def fake_quantize(self, x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
         """Round x to its levels; the gradient passes straight through inside the range."""
         return straight_through(x, self.dequantize(self.quantize(x, qparams, spec), qparams, spec))
+
+    def rows(self, qparams: QParams, rows: slice) -> QParams:
+        """Return the parameters of some blocks, for work done a chunk at a time."""
+        extra = {name: value[rows] for name, value in qparams.extra.items()}
+        return QParams(qparams.scale[rows], qparams.zero_point[rows], extra)
+
+    def settled(self) -> Self:
+        """Return the quantizer that evaluation and export use: the one that rounds to nearest."""
+        if self.rounding == "nearest":
+            return self
+        settled = copy.copy(self)
+        settled.rounding = "nearest"
+        return settled
 
     def check(self, spec: QuantSpec) -> None:
         """Raise RecipeError when the spec has no meaning for these levels."""
