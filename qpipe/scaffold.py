@@ -33,31 +33,31 @@ addopts = ["--import-mode=importlib"]
     "{package}/__init__.py": "qpipe_api = 1\n",
     "{package}/calibrator/__init__.py": "",
     "{package}/calibrator/{word}.py": '''\
-"""Clip both ends of the range seen by a fixed ratio."""
+"""Keep a fixed share of the range seen."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qpipe import Calibrator, Extremes, Quantizer, QuantSpec, Range, hookimpl
+from qpipe import Calibrator, Quantizer, QuantSpec, Range, Statistics, hookimpl
 
 
-class {title}Calibrator(Calibrator[Extremes]):
-    """Shrink the range seen.
+class {title}Calibrator(Calibrator[Statistics]):
+    """Scale both ends of the range by one ratio.
 
     Args:
         ratio: of the range that is kept, in (0, 1].
     """
 
     name = "{word}"
-    needs = Extremes
 
     def __init__(self, ratio: float = 0.9) -> None:
         self.ratio = ratio
 
-    def range(self, stats: Extremes, quantizer: Quantizer[Any], spec: QuantSpec) -> Range:
+    def range(self, stats: Statistics, quantizer: Quantizer[Any], spec: QuantSpec) -> Range:
         """Return the extremes times the ratio."""
-        return Range(stats.low * self.ratio, stats.high * self.ratio)
+        seen = stats.extremes()
+        return Range(seen.low * self.ratio, seen.high * self.ratio)
 
 
 @hookimpl
@@ -74,12 +74,15 @@ ratio: 0.9  # of the range, in (0, 1]
 import torch
 from {package}.calibrator.{word} import {title}Calibrator
 
-from qpipe import Extremes
 from qpipe.testing import CalibratorContract
 
 
 class Test{title}(CalibratorContract):
     calibrator = {title}Calibrator(ratio=0.5)
+
+    def test_keeps_half_of_the_range(self) -> None:
+        got = self.ranged(torch.tensor([[-2.0, 0.0, 1.0, 6.0]]))
+        assert (got.low.item(), got.high.item()) == (-1.0, 3.0)
 """,
     "README.md": """\
 # {distribution}
