@@ -20,7 +20,13 @@ class OnnxModel(PythonModel):
             context.artifacts["onnx"], providers=["CPUExecutionProvider"]
         )
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: Any = None) -> dict[str, Any]:  # noqa: ANN401
+    # the hint is one that MLflow does not warn about; a dict of arrays comes too
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: np.ndarray,  # bare: MLflow compares it
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return every output by name; model_input is a dict of arrays, or the only input's array."""
         names = [value.name for value in self.session.get_inputs()]
         given = model_input if isinstance(model_input, dict) else {names[0]: model_input}

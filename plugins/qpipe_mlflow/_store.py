@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_DEFAULTS = {  # of MLflow's own variables, where the user set none: a dead server held a run for 246 s
+_DEFAULTS = {  # of MLflow's own variables, where the user set none; a dead server held a run for 246 s
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 PROCESS_TAG = "qpipe.process"
 _SQLITE = "sqlite:///"
@@ -105,7 +106,7 @@ _KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out MLflow's known noise, and the hundred lines about the tables it makes."""
-    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils")]
+    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
