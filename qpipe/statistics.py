@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpipe.types import QParams, Range
+from qpipe.types import Range
 
 if TYPE_CHECKING:
     from qpipe.kinds.quantizer import Quantizer
@@ -128,8 +128,8 @@ class BatchExtremes(Statistics):
         self, first: int = 0, step: int = 1, low: Tensor | None = None, high: Tensor | None = None
     ) -> None:
         self.next, self.step = first, step
-        self.low = torch.empty(0, 0) if low is None else low
-        self.high = torch.empty(0, 0) if high is None else high
+        self.low = torch.empty(0, 1) if low is None else low
+        self.high = torch.empty(0, 1) if high is None else high
 
     @classmethod
     def start(cls, rank: int = 0, world_size: int = 1) -> Self:
@@ -228,14 +228,9 @@ class Distribution(Statistics):
         error = torch.zeros(candidates.low.shape, dtype=torch.float64, device=candidates.low.device)
         for rows, x, weight in self.points():
             for r, qparams in enumerate(fits):
-                rounded = quantizer.fake_quantize(x, _rows(qparams, rows), spec)
+                rounded = quantizer.fake_quantize(x, quantizer.rows(qparams, rows), spec)
                 error[rows, r] += ((rounded - x).square_() * weight).sum(1)
         return error
-
-
-def _rows(qparams: QParams, rows: slice) -> QParams:
-    extra = {name: value[rows] for name, value in qparams.extra.items()}
-    return QParams(qparams.scale[rows], qparams.zero_point[rows], extra)
 
 
 class Samples(Distribution):
@@ -246,7 +241,7 @@ class Samples(Distribution):
     """
 
     def __init__(self, blocks: Tensor | None = None) -> None:
-        self.blocks = torch.empty(0, 0) if blocks is None else blocks.detach()
+        self.blocks = torch.empty(0, 1) if blocks is None else blocks.detach()
 
     def update(self, blocks: Tensor) -> None:
         """Keep blocks [B, N] too; memory grows with every call."""

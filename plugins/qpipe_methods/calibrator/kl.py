@@ -62,11 +62,12 @@ def divergence(counts: Tensor, num_levels: int) -> Tensor:
     """Return KL(P || Q) for every clip: the first num_levels, num_levels + 1, ... bins of counts [B, bins].
 
     P is the clipped histogram, what lies beyond added to its last bin; Q is the clipped histogram without it,
-    merged into num_levels runs of bins, each spread evenly over its bins that are not empty. With prefix
-    sums of h, [h > 0] and h log h every run and every clip is a difference.
+    merged into num_levels runs of bins, each spread evenly over its bins that are not empty. Where the last
+    bin is empty but something lies beyond, Q counts one element in it, or the divergence would be infinite.
+    With prefix sums of h, [h > 0] and h log h every run and every clip is a difference.
 
     Returns:
-        [B, bins - num_levels + 1], float64; infinite where P has mass that Q has not.
+        [B, bins - num_levels + 1], float64.
     """
     bins = counts.shape[1]
     clips = torch.arange(num_levels, bins + 1, device=counts.device)
@@ -82,10 +83,12 @@ def _divergence(h: Tensor, clips: Tensor, edges: Tensor) -> Tensor:
     tail, last = total - kept, h[clips - 1]
     in_run, used = mass[edges].diff(dim=1), occupied[edges].diff(dim=1)
     level = in_run / used.clamp_(min=1)
-    cross = torch.xlogy(in_run, level).sum(1) + torch.xlogy(tail, level[:, -1])
+    alone = (last == 0) & (tail > 0)  # the tail's bin, which Q counts as one element
+    cross = torch.xlogy(in_run, level).sum(1) + torch.xlogy(tail, level[:, -1].masked_fill(alone, 1))
     own = entropy[clips - 1] + torch.xlogy(last + tail, last + tail)
-    result = (own - cross + torch.xlogy(total, kept)) / total - torch.log(total)
-    return result.masked_fill((last == 0) & (tail > 0), torch.inf)
+    return (own - cross + torch.xlogy(total, kept + alone)) / total.clamp(min=1) - torch.xlogy(
+        total > 0, total
+    )
 
 
 def _prefix(x: Tensor) -> Tensor:
