@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def record(
     """Run model once and say who called what and who fed whom; buffers and random state are restored."""
     recorder = _Recorder(model)
     with _undisturbed(model, training), torch.no_grad(), recorder.hooked(model):
-        recorder.enter_inputs(args, kwargs)
+        recorder.enter_inputs(args, kwargs, [*inspect.signature(model.forward).parameters])
         with recorder:
             output = model(*args, **kwargs)
     for _, tensor in tensors(output):
@@ -189,11 +190,14 @@ class _Recorder(TorchFunctionMode):
         self.values[tensor] = value
         return value
 
-    def enter_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def enter_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> None:
         for path, tensor in tensors((tuple(args), dict(kwargs))):
             value = self._enter(tensor, "input", path)
             value.depends = True
-            value.activation = value.floating and "mask" not in str(path[-1])
+            words = [
+                names[key] if path[0] == 0 and key in range(len(names)) else str(key) for key in path[1:]
+            ]
+            value.activation = value.floating and not any("mask" in word for word in words)
             self.inputs.append(value)
 
     @contextmanager

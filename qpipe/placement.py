@@ -227,6 +227,8 @@ def _computes_on_codes(call: Call) -> bool:
     active = [value for value in call.inputs if value.activation]
     if call.op == "add":
         return len(active) == 2 and not all(map(_is_rotated, active))  # else a mask, a position or a constant
+    if call.op == "cat":
+        return bool(active) and not all(map(_rotates, call.outputs[0].consumers or [call]))
     if call.op == "mean":  # of the last dimension: a norm's statistics
         return bool(active) and not (
             call.argument(1, "dim") in (-1, [-1], (-1,)) and call.argument(2, "keepdim")
@@ -235,10 +237,13 @@ def _computes_on_codes(call: Call) -> bool:
 
 
 def _is_rotated(value: Value) -> bool:
-    """Whether value is a product with sines or cosines: half of a rotary embedding."""
-    if value.call is None or value.call.op != "mul" or len(value.call.inputs) != 2:
-        return False
-    return any(factor.kind == "result" and not factor.activation for factor in value.call.inputs)
+    """Whether value is half of a rotary embedding."""
+    return value.call is not None and _rotates(value.call)
+
+
+def _rotates(call: Call) -> bool:
+    """Whether call multiplies by computed constants: the sines and cosines of positions."""
+    return call.op == "mul" and any(value.kind == "result" and not value.activation for value in call.inputs)
 
 
 def _operands(call: Call) -> list[Value]:

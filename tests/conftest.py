@@ -2,9 +2,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from qpipe_methods.calibrator.minmax import MinMaxCalibrator
+from qpipe_methods.granularity.channel import PerChannel
+from qpipe_methods.granularity.layer import PerLayer
+from qpipe_methods.quantizer.uniform import UniformQuantizer
+from torch import nn
+
+from qpipe import QuantSpec, Recipe, Role, Slot, Target
+from qpipe.nn import edge_quantizers, observing
+from qpipe.stages.calibrate import calibrate_weights, fit, needed
 
 Install = Callable[..., Path]
 
@@ -34,3 +47,34 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     yield write
     for module in [m for m in sys.modules if m.partition(".")[0] in packages]:
         del sys.modules[module]
+
+
+@pytest.fixture
+def make_recipe() -> Callable[..., Recipe]:
+    """Return a function that builds an 8-bit min-max recipe for a target, other fields as given."""
+
+    def make(target: str = "x86", **changes: Any) -> Recipe:  # noqa: ANN401
+        text = (Path(__file__).parents[1] / "conf" / "target" / f"{target}.yaml").read_text()
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in yaml.safe_load(text).items()}
+        weight = QuantSpec(restricted=True, role=Role.WEIGHT)
+        activation = QuantSpec(symmetric=False, signed=False)
+        parts = UniformQuantizer(), MinMaxCalibrator()
+        slots = Slot(*parts, PerChannel(), weight), Slot(*parts, PerLayer(), activation)
+        return replace(Recipe(*slots, Target(**fields)), **changes)
+
+    return make
+
+
+@pytest.fixture
+def calibrate_on() -> Callable[..., None]:
+    """Return a function that calibrates a prepared model on the arguments of one call."""
+
+    def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        calibrate_weights(model)
+        edges = {edge: needed(edge.slot)() for edge in edge_quantizers(model)}
+        with torch.no_grad(), observing(edges):
+            model.eval()(*args, **kwargs)
+        for edge, stats in edges.items():
+            edge.set_qparams(fit(stats, edge.slot))
+
+    return calibrate
