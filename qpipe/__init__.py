@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qpipe.artifact import write_codes
     from qpipe.conversion import CodedActivation, convert
     from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
     from qpipe.hookspecs import hookimpl
@@ -17,15 +18,18 @@ if TYPE_CHECKING:
     from qpipe.kinds.quantizer import Quantizer
     from qpipe.kinds.tracker import Tracker
     from qpipe.kinds.transform import Transform
+    from qpipe.loading import load
     from qpipe.packing import pack, payload_bytes, unpack
     from qpipe.pipeline import build_recipe, quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
+    from qpipe.stages.data import calibration_batches
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
     from qpipe.task import Task
     from qpipe.training import Learner, TrainingStrategy
     from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
 
 _HOME = {
+    "artifact": ["write_codes"],
     "conversion": ["CodedActivation", "convert"],
     "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
     "hookspecs": ["hookimpl"],
@@ -37,9 +41,11 @@ _HOME = {
     "kinds.quantizer": ["Quantizer"],
     "kinds.tracker": ["Tracker"],
     "kinds.transform": ["Transform"],
+    "loading": ["load"],
     "packing": ["pack", "payload_bytes", "unpack"],
     "pipeline": ["build_recipe", "quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
+    "stages.data": ["calibration_batches"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
     "task": ["Task"],
     "training": ["Learner", "TrainingStrategy"],

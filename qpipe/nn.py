@@ -26,13 +26,17 @@ _EXTRA = "extra_"
 Rule = Callable[[Tensor, QParams, QuantSpec], Tensor]
 
 
-def on_blocks(slot: Slot, x: Tensor, qparams: QParams, rule: Rule | None = None) -> Tensor:
+def on_blocks(
+    slot: Slot, x: Tensor, qparams: QParams, rule: Rule | None = None, training: bool = False
+) -> Tensor:
     """Fake-quantize x block by block; where one scale serves all of it, as it stands.
 
     Args:
         rule: stands in for the quantizer's fake_quantize.
+        training: round as the quantizer does while a model trains; otherwise to nearest.
     """
-    quantizer, granularity, spec = slot.quantizer, slot.granularity, slot.spec
+    quantizer = slot.quantizer if training else slot.quantizer.settled()
+    granularity, spec = slot.granularity, slot.spec
     rule = rule or quantizer.fake_quantize
     if qparams.scale.numel() == 1 and quantizer.is_affine(spec):  # broadcast: no view, no copy
         ones = [1] * x.dim()
@@ -101,13 +105,12 @@ class FakeQuant(nn.Module):
             learned: Tensor = self.learner(x)
             return learned
         qparams = self.dynamic_qparams(x) if self.slot.spec.dynamic else self.qparams()
-        return on_blocks(self.slot, x, qparams)
+        return on_blocks(self.slot, x, qparams, training=self.training)
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes of x as blocks [B, N], integers in a floating dtype."""
-        return self.slot.quantizer.quantize(
-            self.slot.granularity.to_blocks(x), self.qparams(), self.slot.spec
-        )
+        quantizer = self.slot.quantizer.settled()
+        return quantizer.quantize(self.slot.granularity.to_blocks(x), self.qparams(), self.slot.spec)
 
     def dynamic_qparams(self, x: Tensor) -> QParams:
         """Fit parameters to x itself, exactly; no gradient flows through them."""
@@ -180,6 +183,17 @@ class QuantizedWeight:
         if parameter is None:
             raise QpipeError(f"'{self.name}' was dropped when the model was converted")
         return channels_first(parameter.detach(), _meta(self.module).layouts[self.parameter_name])
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """Return the parameter itself; None once converted."""
+        return self.module._parameters[self.parameter_name]
+
+    @torch.no_grad()
+    def write(self, x: Tensor) -> None:
+        """Write x, output channels first, into the parameter."""
+        if self.parameter is not None:
+            self.parameter.copy_(channels_first(x, _meta(self.module).layouts[self.parameter_name]))
 
 
 def weight_quantizers(model: nn.Module) -> list[QuantizedWeight]:

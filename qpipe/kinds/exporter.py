@@ -43,6 +43,11 @@ class Exporter(ABC):
         """Say in one sentence why this recipe cannot be expressed, or None; asked before any work."""
         return None
 
+    @classmethod
+    def load(cls, path: Path) -> nn.Module | None:
+        """Return a module that runs the artifact at path, or None where it does not run by itself."""
+        return None
+
     @abstractmethod
     def export(self, context: ExportContext) -> Artifact:
         """Write into context.folder, run the file in its engine and return the artifact with its proof.
