@@ -41,7 +41,10 @@ def round_codes(x: Tensor, rounding: Rounding) -> Tensor:
 
     Source: stochastic: Gupta et al., "Deep Learning with Limited Numerical Precision", 2015, 1502.02551.
     """
-    return torch.round(x) if rounding == "nearest" else torch.floor(x + torch.rand_like(x))
+    if rounding == "nearest":
+        return torch.round(x)
+    below = torch.floor(x)  # x + rand would round past the end of the range
+    return below + (torch.rand_like(x) < x - below)
 
 
 def scale_eps(num_bits: int) -> float:
@@ -86,8 +89,10 @@ def affine_qparams(range: Range, spec: QuantSpec) -> QParams:
     return QParams(scale, zero_point)
 
 
-def affine_quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+def affine_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, rounding: Rounding = "nearest") -> Tensor:
     """Return codes: round(x / scale) + zero_point within the code range, integers in x's dtype."""
+    if rounding == "stochastic":
+        return round_codes(_clamped_ratio(x, qparams, spec), rounding).add_(qparams.zero_point)
     return _round_ratio(x, qparams.scale, qparams.zero_point, spec).add_(qparams.zero_point)
 
 
@@ -99,6 +104,11 @@ def affine_dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 def _round_ratio(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     ratio = torch.div(x, scale)
     return ratio.clamp_(spec.quant_min - zero_point, spec.quant_max - zero_point).round_()
+
+
+def _clamped_ratio(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    low, high = spec.quant_min - qparams.zero_point, spec.quant_max - qparams.zero_point
+    return torch.clamp(x / qparams.scale, low, high)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -126,7 +136,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad.masked_fill(~inside, 0), grad_scale, grad_zero_point, None
 
 
-def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, rounding: Rounding = "nearest") -> Tensor:
     """Round x to its levels; scale and zero_point broadcast over x, whatever the granularity.
 
     Gradients: x where the raw ratio lies within the code range; scale as LSQ has it; zero_point (an integer)
@@ -135,6 +145,9 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     Source: Esser et al., 2019, arXiv 1902.08153, eq. 3.
     """
     scale, zero_point = qparams.scale, qparams.zero_point
+    if rounding == "stochastic":  # autograd has the same gradients: codes - ratio for the scale
+        ratio = _clamped_ratio(x, qparams, spec)
+        return straight_through(ratio, round_codes(ratio.detach(), rounding)) * scale
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, spec)  # type: ignore[no-untyped-call]
         return result
@@ -156,5 +169,5 @@ class _ScaledGradient(torch.autograd.Function):
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     """Return x; its gradient is multiplied by factor."""
-    result: Tensor = _ScaledGradient.apply(x, factor)
+    result: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
     return result

@@ -52,7 +52,7 @@ class Learner(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round x to its levels, differentiably."""
-        return on_blocks(self.slot, x, self.qparams())
+        return on_blocks(self.slot, x, self.qparams(), training=self.training)
 
     def penalty(self) -> Tensor | None:
         """Return what is added to the loss, or None."""

@@ -98,7 +98,8 @@ class LearnedStep(Learner):
     def forward(self, x: Tensor) -> Tensor:
         """Round x; the step's gradient is scaled by 1 / sqrt(N Q_P)."""
         factor = (self.count(x) * max(self.slot.spec.quant_max, 1)) ** -0.5
-        return on_blocks(self.slot, x, QParams(scaled_gradient(self.scale, factor), self.zero_point))
+        qparams = QParams(scaled_gradient(self.scale, factor), self.zero_point)
+        return on_blocks(self.slot, x, qparams, training=self.training)
 
     def count(self, x: Tensor) -> float:
         """Return N: the weights that share a step, or the features of one sample that do."""

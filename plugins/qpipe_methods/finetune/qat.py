@@ -72,7 +72,7 @@ class MovingRange(Learner):
             with torch.no_grad():
                 self.low.lerp_(now.low, self.momentum)
                 self.high.lerp_(now.high, self.momentum)
-        return on_blocks(self.slot, x, self.qparams())
+        return on_blocks(self.slot, x, self.qparams(), training=self.training)
 
     def qparams(self) -> QParams:
         """Fit the quantizer to the range as it stands."""

@@ -7,16 +7,23 @@ from typing import Any
 from torch import Tensor
 
 from qpipe import QParams, Quantizer, QuantSpec, Range, RecipeError, Statistics, hookimpl
-from qpipe.functional import affine_dequantize, affine_qparams, affine_quantize, fake_quantize
+from qpipe.functional import Rounding, affine_dequantize, affine_qparams, affine_quantize, fake_quantize
 
 
 class UniformQuantizer(Quantizer[Statistics]):
     """Codes of 2 to 16 bits, real = scale * (code - zero_point).
 
-    Source: Jacob et al., 2017, arXiv 1712.05877.
+    Args:
+        rounding: 'stochastic' while a model trains; evaluation and export round to nearest, half to even.
+
+    Source: Jacob et al., 2017, arXiv 1712.05877, eq. 1.
+    Equation: Q(x) = s (clamp(round(x / s) + z) - z)
     """
 
     name = "uniform"
+
+    def __init__(self, rounding: Rounding = "nearest") -> None:
+        self.rounding = rounding
 
     def fit(self, stats: Statistics, range: Range | None, spec: QuantSpec) -> QParams:
         """Fit scale and zero_point to the range, widened to hold zero."""
@@ -24,7 +31,7 @@ class UniformQuantizer(Quantizer[Statistics]):
 
     def quantize(self, x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
         """Round x to codes."""
-        return affine_quantize(x, qparams, spec)
+        return affine_quantize(x, qparams, spec, self.rounding)
 
     def dequantize(self, codes: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
         """Return the real values codes stand for."""
@@ -32,7 +39,7 @@ class UniformQuantizer(Quantizer[Statistics]):
 
     def fake_quantize(self, x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
         """Round x to its levels in four passes, and learn scale and zero_point where they require it."""
-        return fake_quantize(x, qparams, spec)
+        return fake_quantize(x, qparams, spec, self.rounding)
 
     def check(self, spec: QuantSpec) -> None:
         """Raise RecipeError when the spec has no meaning for these levels."""
