@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from pytorch_lightning import Trainer
 
 # Noise that no user of qpipe can act on: (category, beginning of the message).
 _KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
@@ -19,6 +16,9 @@ _KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
     (UserWarning, r"Total length of `\w+` across ranks is zero"),
     # training without a validation set is the user's choice
     (UserWarning, r"You defined a `validation_step` but have no `val_dataloader`"),
+    (UserWarning, r"You passed in a `val_dataloader` but have no `validation_step`"),
+    # frozen batch norm
+    (UserWarning, r"Found \d+ module\(s\) in eval mode at the start of training"),
     # a small training set has few steps to log
     (UserWarning, r"The number of training batches \(\d+\) is smaller than the logging interval"),
     # a pass without training has no optimizer and needs none
@@ -27,11 +27,8 @@ _KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
 
 
 @contextmanager
-def quiet(trainer: Trainer) -> Iterator[None]:
-    """Leave out known noise, and the progress bar where it would fill a log file with lines."""
-    bar = trainer.progress_bar_callback
-    if bar is not None and not sys.stdout.isatty():
-        bar.disable()
+def quiet() -> Iterator[None]:
+    """Leave out known noise."""
     with warnings.catch_warnings():
         for category, message in _KNOWN_NOISE:
             warnings.filterwarnings("ignore", message, category)
