@@ -43,6 +43,8 @@ def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, 
     Raises:
         RecipeError: a word names no group, option or key, or has no meaning there.
     """
+    if file is not None and not file.is_file():
+        raise RecipeError(f"--config {file}: there is no such file")
     options = groups() if file is None else {}
     if Plugins.instance().discover(SearchPathPlugin).count(PluginFolders) == 0:
         Plugins.instance().register(PluginFolders)

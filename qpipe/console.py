@@ -74,7 +74,7 @@ def edges(report: Report) -> None:
         )
 
 
-def sweep(rows: Sequence[tuple[Sequence[str], Report | None]], repeats: Sequence[str]) -> None:
+def sweep(rows: Sequence[tuple[str, Report | None]], repeats: Sequence[str]) -> None:
     """Print one line for each job, and the command that repeats each failed one."""
     done = [report for _, report in rows if report is not None]
     columns = list(

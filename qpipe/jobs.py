@@ -83,14 +83,16 @@ def run_sweep(jobs: Sequence[Sequence[str]], configs: Sequence[_Config], registr
     folder = run_folder(configs[0]["out"])
     tracker = None if configs[0]["plan"] else _tracker(configs[0], registry)
     parent = tracker.start_sweep(configs[0]) if tracker else None
-    rows: list[tuple[Sequence[str], Report | None]] = []
+    rows: list[tuple[str, Report | None]] = []
     repeats: list[str] = []
     status = "killed"
     try:
         for index, (words, config) in enumerate(zip(jobs, configs, strict=True)):
-            console.notice(f"job {index + 1} of {len(jobs)}: {' '.join(words)}")
+            varied = " ".join(word for word in words if not all(word in job for job in jobs))
+            console.notice(f"job {index + 1} of {len(jobs)}: {varied}")
+            words = [*(word for word in words if not word.startswith("out=")), f"out={folder / str(index)}"]
             report = _attempt(words, {**config, "out": str(folder / str(index))}, registry, parent)
-            rows.append((words, report))
+            rows.append((varied, report))
             if report is None:
                 repeats.append(console.command(words))
                 if config["fail_fast"]:
@@ -151,8 +153,7 @@ def _has_several_processes(trainer: _Config) -> bool:
 def _launch(words: Sequence[str], config: _Config, parent: str | None) -> Report | None:
     """Run one job as its own command; its figures are read back from its folder."""
     environment = os.environ | ({PARENT: parent} if parent else {})
-    own = [word for word in words if not word.startswith("out=")]
-    command = [sys.executable, "-m", "qpipe", *own, f"out={config['out']}"]
+    command = [sys.executable, "-m", "qpipe", *words]
     if subprocess.run(command, env=environment, check=False).returncode:  # noqa: S603  # this very program
         return None
     return _read_report(Path(config["out"]))

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import logging
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +145,10 @@ def _unpickle(path: Path, trusted: bool) -> dict[str, Any]:
 
 
 def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle or torch's archive of one; safetensors is a length, then JSON."""
     with path.open("rb") as file:
-        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+        head = file.read(9)
+    return head[8:] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK")
 
 
 def _nearby(path: Path) -> str:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -412,6 +412,7 @@ def _staging(folder: Path | None) -> Iterator[Path]:
     parent = folder.parent if folder else Path(tempfile.gettempdir())
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"out={folder} exists already and is not an empty folder; choose another")
+    made = [place for place in (parent, *parent.parents) if not place.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name if folder else 'qpipe'}-", dir=parent))
@@ -426,6 +427,9 @@ def _staging(folder: Path | None) -> Iterator[Path]:
             os.replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # what now holds the run stays
+            for place in made:
+                place.rmdir()
 
 
 def _write_record(report: Report, config: _Config | None, folder: Path) -> None:
