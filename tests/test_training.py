@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from qpipe_methods.finetune.lsq import LSQ
+from qpipe_methods.finetune.qat import QAT
+from qpipe_zoo.task.classification import Classification
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qpipe import DataError, RecipeError, Task
+from qpipe.pipeline import quantize
+from qpipe.training import fake_quants, optimizer_class, reestimate
+
+
+class Blobs(LightningDataModule):
+    """Three classes of 12 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        y = torch.arange(96) % 3
+        self.x = torch.randn(96, 12, generator=generator) + 2 * nn.functional.one_hot(y, 12)
+        self.y = y
+
+    def loader(self, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(self.x, self.y), 16, shuffle=shuffle)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.loader(True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.loader(False)
+
+
+def network(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    norms: list[nn.Module] = [nn.BatchNorm1d(8)] if norm else []
+    return nn.Sequential(nn.Linear(12, 8), *norms, nn.ReLU(), nn.Linear(8, 3))
+
+
+def trainer(epochs: int = 2, callbacks: list[Callback] | None = None, **words: Any) -> Trainer:  # noqa: ANN401
+    words = {"enable_checkpointing": False, **words}
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        callbacks=callbacks or [],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **words,
+    )
+
+
+def finetuned(*strategies: Any, model: nn.Module | None = None, with_: Trainer | None = None) -> nn.Module:  # noqa: ANN401
+    torch.manual_seed(0)
+    tuned, _ = quantize(
+        model or network(),
+        Blobs(),
+        task=Classification(),
+        trainer=with_ or trainer(),
+        finetune=list(strategies),
+        transform=[],
+        evaluator=[],
+        target="generic",
+        weight={"num_bits": 4},
+    )
+    return tuned
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    """Return the first layer's weight as it is stored, not as its quantizer shows it."""
+    return model.state_dict()["0.weight"]
+
+
+class CountSteps(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:  # noqa: ANN401
+        self.losses.append(float(rest[0]["loss"]))
+
+
+def test_training_lowers_the_loss_and_ends_plain_and_in_eval() -> None:
+    steps = CountSteps()
+    tuned = finetuned({"name": "lsq", "lr": 0.01}, with_=trainer(8, [steps]))
+    assert sum(steps.losses[-6:]) < 0.7 * sum(steps.losses[:6])
+    assert not any(module.training for module in tuned.modules())
+    for fake_quant in fake_quants(tuned):
+        assert fake_quant.learner is None
+        assert not list(fake_quant.parameters())
+        assert fake_quant.scale.shape[1:] == (1,)
+
+
+def test_two_strategies_train_one_after_the_other_for_their_own_epochs() -> None:
+    steps = CountSteps()
+    finetuned("qat", {"name": "lsq", "epochs": 3}, with_=trainer(2, [steps]))
+    assert len(steps.losses) == (2 + 3) * 6
+
+
+def test_pruned_weights_stay_zero_unless_told_otherwise() -> None:
+    for keep, expected in ((True, 0), (False, 4 * 12)):
+        model = network()
+        with torch.no_grad():
+            model[0].weight[:4] = 0
+            model[0].bias[:4] = 0.1  # alive, so that the gradient is not zero
+        tuned = finetuned({"name": "qat", "keep_zeros": keep}, model=model)
+        assert int(weight_of(tuned)[:4].count_nonzero()) == expected
+
+
+@pytest.mark.parametrize("mode", ["train", "freeze", "reestimate"])
+def test_batch_norm_is_trained_frozen_or_estimated_again(mode: str) -> None:
+    model = network(norm=True)
+    model[1].running_mean.fill_(0.25)
+    tuned = finetuned({"name": "qat", "batch_norm": mode}, model=model)
+    mean = tuned.get_buffer("1.running_mean")
+    means = [tuned[0](x).mean(0) for x, _ in Blobs().train_dataloader()]
+    plain = torch.stack(means).mean(0).detach()
+    assert (mean == 0.25).all().item() is (mode == "freeze")
+    assert torch.allclose(mean, plain, atol=3e-3) is (mode == "reestimate")
+    assert tuned[1].momentum == 0.1
+
+
+def test_reestimated_statistics_are_plain_means() -> None:
+    norm = nn.BatchNorm1d(2)
+    batches = [torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([[10.0, 1.0], [10.0, 3.0]])]
+    reestimate(norm, batches, Task())
+    assert norm.running_mean.tolist() == [5.5, 2.0]
+    assert norm.running_var.tolist() == [1.0, 2.0]
+
+
+def test_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    saving = trainer(4, [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], enable_checkpointing=True)
+    whole = finetuned("lsq", with_=saving)
+    checkpoint = str(tmp_path / "epoch=1.ckpt")
+    seen = CountSteps()
+    resumed = finetuned(
+        {"name": "lsq", "resume": checkpoint}, with_=trainer(4, [seen, *saving.checkpoint_callbacks])
+    )
+    assert len(seen.losses) == 2 * 6
+    # the order of the batches differs, nothing else: the schedule and Adam's moments go on
+    start = torch.load(checkpoint, weights_only=True)["state_dict"]["model.0.weight"]
+    a, b = weight_of(whole), weight_of(resumed)
+    assert (a - b).norm() < 0.5 * (a - start).norm()
+
+
+def test_averaged_weights_are_lightnings() -> None:
+    plain = weight_of(finetuned("lsq", with_=trainer(2)))
+    averaged = weight_of(finetuned("lsq", with_=trainer(2, [EMAWeightAveraging(decay=0.999)])))
+    start = weight_of(network())
+    assert 0 < (averaged - start).norm() < 0.5 * (plain - start).norm()  # after the first step, nearly still
+
+
+def test_early_stopping_watches_the_tasks_metric() -> None:
+    steps = CountSteps()
+    stop = EarlyStopping("val_top1_percent", mode="max", patience=1, min_delta=200)
+    finetuned("qat", with_=trainer(20, [steps, stop]))
+    assert len(steps.losses) == 2 * 6
+
+
+def test_mixed_precision_trains() -> None:
+    steps = CountSteps()
+    tuned = finetuned({"name": "lsq", "lr": 0.01}, with_=trainer(8, [steps], precision="bf16-mixed"))
+    assert sum(steps.losses[-6:]) < 0.8 * sum(steps.losses[:6])
+    assert all(fake_quant.scale.dtype is torch.float32 for fake_quant in fake_quants(tuned))
+
+
+class OwnSteps(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        return result
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        self.steps += 1
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_lightning_module_keeps_its_own_steps() -> None:
+    tuned = finetuned("lsq", model=OwnSteps())
+    assert isinstance(tuned, OwnSteps)
+    assert tuned.steps == 2 * 6
+    with pytest.raises(RecipeError, match="distill cannot add"):
+        finetuned({"name": "lsq", "distill": {"weight": 0.5}}, model=OwnSteps())
+
+
+def test_a_task_without_loss_learns_from_the_float_model_alone() -> None:
+    def tune(weight: float) -> nn.Module:
+        strategy = {"name": "qat", "distill": {"weight": weight}}
+        tuned, _ = quantize(
+            network(), Blobs(), trainer=trainer(), finetune=[strategy], evaluator=[], target="generic"
+        )
+        return tuned
+
+    assert not torch.equal(weight_of(tune(1.0)), weight_of(network()))
+    with pytest.raises(RecipeError, match=r"Task has none.*distill\.weight=1"):
+        tune(0.5)
+
+
+def test_nothing_to_train_on_is_one_sentence() -> None:
+    class Unlabelled(LightningDataModule):
+        def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+            return Blobs().val_dataloader()
+
+    with pytest.raises(DataError, match="Unlabelled has no train_dataloader"):
+        quantize(network(), Unlabelled(), task=Classification(), finetune=["qat"], trainer=trainer())
+
+
+def test_unknown_words_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(ValueError, match="did you mean 'epochs'"):
+        QAT(epoch=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="schedule is one of cosine, constant"):
+        LSQ(schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no optimizer 'adam'"):
+        optimizer_class("adam")
+
+
+def test_optimizers_take_their_own_arguments() -> None:
+    assert optimizer_class({"name": "SGD", "momentum": 0.9}) == (torch.optim.SGD, {"momentum": 0.9})
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager() -> None:
+    eager = weight_of(finetuned("lsq"))
+    compiled = weight_of(finetuned({"name": "lsq", "compile": True}))
+    assert torch.allclose(eager, compiled, atol=1e-4)
+
+
+def test_two_processes_share_the_data_and_end_alike(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import pytorch_lightning as pl, torch
+        from test_training import Blobs, CountSteps, network
+        from qpipe.pipeline import quantize
+        from qpipe.training import fake_quants
+        from qpipe_zoo.task.classification import Classification
+
+        steps = CountSteps()
+        pl.seed_everything(0)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, callbacks=[steps],
+            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+        )
+        tuned, _ = quantize(network(), Blobs(), task=Classification(), trainer=trainer, finetune=["lsq"],
+                            transform=[], evaluator=[], target="generic", weight={{"num_bits": 4}})
+        state = {{"losses": steps.losses, "weight": tuned[0].weight.detach()}}
+        state["scales"] = torch.cat([f.scale.flatten() for f in fake_quants(tuned)])
+        torch.save(state, sys.argv[1] + f"/rank{{trainer.global_rank}}.pt")
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert len(first["losses"]) == 2 * 3  # half of the six batches of each epoch
+    assert first["losses"] != second["losses"]
+    assert torch.equal(first["weight"], second["weight"])
+    assert torch.equal(first["scales"], second["scales"])
