@@ -121,7 +121,7 @@ def forward_pass(
 ) -> None:
     """Run model on every batch without gradients; outputs go to each(output, batch, index), none is kept."""
     start = time.perf_counter()
-    with quiet(), listening(trainer, Listener(each, at_start, at_end)):
+    with quiet(trainer), listening(trainer, Listener(each, at_start, at_end)):
         trainer.predict(Forward(model, task), dataloaders=batches, return_predictions=False)
     log.info("%s: %.1f s", title, time.perf_counter() - start)
 
@@ -137,7 +137,7 @@ def own_pass(
     """Run a LightningModule's own test step (or validation step) and return what it logged."""
     run = trainer.test if is_overridden("test_step", model, LightningModule) else trainer.validate
     start = time.perf_counter()
-    with quiet(), listening(trainer, OwnStep(task, each)):
+    with quiet(trainer), listening(trainer, OwnStep(task, each)):
         run(model, dataloaders=batches, verbose=False)
     log.info("%s: %.1f s", title, time.perf_counter() - start)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
