@@ -194,10 +194,9 @@ class _Recorder(TorchFunctionMode):
         for path, tensor in tensors((tuple(args), dict(kwargs))):
             value = self._enter(tensor, "input", path)
             value.depends = True
-            words = [
-                names[key] if path[0] == 0 and key in range(len(names)) else str(key) for key in path[1:]
-            ]
-            value.activation = value.floating and not any("mask" in word for word in words)
+            word = names[path[1]] if path[0] == 0 and path[1] < len(names) else path[1]
+            is_mask = any("mask" in str(key) for key in (word, *path[2:]))
+            value.activation = value.floating and not is_mask
             self.inputs.append(value)
 
     @contextmanager

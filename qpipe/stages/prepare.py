@@ -72,7 +72,7 @@ def prepare(model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> P
     recording = _record_out_of_place(model, args, kwargs)
     plan = _Plan(model, recording, recipe)
     if recipe.finetune:
-        _check_training(record(model, args, kwargs, training=True), recording, plan.taps.watched_ops())
+        _check_training(record(model, args, kwargs, training=True), recording, plan)
     preparation = plan.preparation()
     plan.insert()
     unread = _check(model, recording, args, kwargs)
@@ -107,7 +107,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, recording: Recording, recipe: Recipe) -> None:
         self.model = model
-        self.recording = recording
+        self.ops = {*recipe.target.quantized, *recipe.target.fused}
         placement = place_edges(recording, recipe.target)
         self.skipped = dict(placement.skipped)
         _check_patterns(recipe, placement.edges, placement.weights)
@@ -207,21 +207,21 @@ def _check_patterns(recipe: Recipe, edges: tuple[PlacedEdge, ...], weights: tupl
             )
 
 
-def _check_training(training: Recording, recording: Recording, watched: Mapping[str, set[str]]) -> None:
+def _check_training(training: Recording, recording: Recording, plan: _Plan) -> None:
     """Refuse a model whose quantized operations in training are not those of evaluation."""
-    counts = [
-        Counter((path, call.op) for call in each.calls for path in [owners.owner(call).path])
-        for each in (recording, training)
-        for owners in [Owners(each)]
-    ]
-    for path, ops in watched.items():
-        for op in ops:
-            before, after = (count[path, op] for count in counts)
-            if before != after:
-                raise QpipeError(
-                    f"'{path}' calls '{op}' {before} times in evaluation and {after} times in training, "
-                    "so its edges cannot be told apart; make its forward the same, or leave out finetune"
-                )
+    before, after = (_quantized_calls(each, plan) for each in (recording, training))
+    for path, op in dict.fromkeys([*before, *after]):
+        if before[path, op] != after[path, op]:
+            raise QpipeError(
+                f"'{path}' calls '{op}' {before[path, op]} times in evaluation and {after[path, op]} times "
+                "in training, so its edges differ; make its forward the same, or leave out finetune"
+            )
+
+
+def _quantized_calls(recording: Recording, plan: _Plan) -> Counter[tuple[str, str]]:
+    owners, watched = Owners(recording), plan.taps.watched_ops()
+    calls = [(owners.owner(call).path, call.op) for call in recording.calls]
+    return Counter((path, op) for path, op in calls if op in plan.ops or op in watched.get(path, ()))
 
 
 def _check(model: nn.Module, recording: Recording, args: Any, kwargs: Any) -> dict[str, str]:  # noqa: ANN401
