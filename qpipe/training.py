@@ -150,7 +150,7 @@ class TrainingStrategy(FinetuneStrategy):
             self.begin(model, data, task)
             loop = self._module(model, reference, task, learners)
             with ExitStack() as stack:
-                stack.enter_context(quiet(trainer))
+                stack.enter_context(quiet())
                 stack.enter_context(_fresh(trainer, self.training["epochs"]))
                 stack.enter_context(_listening(trainer, _Hooks(model, task, learners, self.training)))
                 trainer.fit(loop, datamodule=data, ckpt_path=self.training["resume"])
