@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from qpipe.noise import quiet
+from qpipe.stages.data import Shard
 from qpipe.task import Batches, Task
 
 log = logging.getLogger("qpipe")
@@ -121,8 +122,8 @@ def forward_pass(
 ) -> None:
     """Run model on every batch without gradients; outputs go to each(output, batch, index), none is kept."""
     start = time.perf_counter()
-    with quiet(trainer), listening(trainer, Listener(each, at_start, at_end)):
-        trainer.predict(Forward(model, task), dataloaders=batches, return_predictions=False)
+    with quiet(), listening(trainer, Listener(each, at_start, at_end)):
+        trainer.predict(Forward(model, task), dataloaders=as_shard(batches), return_predictions=False)
     log.info("%s: %.1f s", title, time.perf_counter() - start)
 
 
@@ -137,10 +138,15 @@ def own_pass(
     """Run a LightningModule's own test step (or validation step) and return what it logged."""
     run = trainer.test if is_overridden("test_step", model, LightningModule) else trainer.validate
     start = time.perf_counter()
-    with quiet(trainer), listening(trainer, OwnStep(task, each)):
-        run(model, dataloaders=batches, verbose=False)
+    with quiet(), listening(trainer, OwnStep(task, each)):
+        run(model, dataloaders=as_shard(batches), verbose=False)
     log.info("%s: %.1f s", title, time.perf_counter() - start)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def as_shard(batches: Batches) -> Shard:
+    """Keep Lightning from taking a list of batches for several loaders, and a loader's samples for its own."""
+    return batches if isinstance(batches, Shard) else Shard(batches)
 
 
 def has_own_steps(model: nn.Module) -> bool:
