@@ -30,7 +30,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
         model: the float model, or what makes it; it is given the stored codes and computes what the
             simulation computed. None: an artifact that runs by itself, such as the ONNX file.
 
-    Nothing a folder says is ever imported or called: quantizers are looked up by name among installed plugins.
+    Nothing a folder says is imported or called: quantizers are looked up by name among installed plugins.
 
     Raises:
         DataError: a file is missing, truncated or changed, or does not fit the model.
@@ -117,7 +117,7 @@ def _recipe(manifest: Mapping[str, Any]) -> _Recorded:
     slots = [_slot(described, registry) for described in manifest["slots"]]
     found = {(key.rpartition(".")[0], Role.WEIGHT): e["slot"] for key, e in manifest["weights"].items()}
     found |= {(name, Role.ACTIVATION): e["slot"] for name, e in manifest["edges"].items()}
-    target = {
+    target: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in manifest["target"].items()
     }
     return _Recorded(
@@ -154,8 +154,8 @@ def _check_names(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     for what, names in found.items():
         if different := sorted(names ^ set(manifest[f"{what}s"])):
             raise DataError(
-                f"{what} '{different[0]}' is quantized in only one of {type(model).__name__} and the stored model; "
-                "give the model it was made from"
+                f"{what} '{different[0]}' is quantized either in {type(model).__name__} or as stored, "
+                "not in both; give the model it was made from"
             )
 
 

@@ -35,8 +35,8 @@ def unpack(packed: Tensor, num_bits: int, num_codes: int) -> Tensor:
         low, high = packed[:num_codes], packed[num_codes:]
         return unpack(low, 8, num_codes) | unpack(high, num_bits - 8, num_codes) << 8
     octets = F.pad(packed.to(torch.int64), (0, -packed.numel() % num_bits)).view(-1, num_bits)
-    words = (octets << 8 * torch.arange(num_bits, device=packed.device)).sum(-1, keepdim=True)
-    codes = (words >> num_bits * torch.arange(8, device=packed.device)) & (2**num_bits - 1)
+    words: Tensor = (octets << 8 * torch.arange(num_bits, device=packed.device)).sum(-1, keepdim=True)
+    codes: Tensor = (words >> num_bits * torch.arange(8, device=packed.device)) & (2**num_bits - 1)
     return codes.flatten()[:num_codes]
 
 

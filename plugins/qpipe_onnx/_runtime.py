@@ -2,47 +2,94 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qpipe import DataError
 from qpipe_onnx._call import Call, tensors
+
+_CALL = "qpipe.call"
 
 
 class OnnxRuntimeModule(nn.Module):
     """Run an ONNX file on the CPU, called like the model it was made from.
 
     Args:
-        call, output: an example of both, for their structure.
+        keywords: of the call, in the order of the file's inputs, behind the positional arguments.
+        output: what the model returns, each tensor replaced by its index.
         threads: of one inference.
     """
 
-    def __init__(self, path: Path, call: Call, output: Any, threads: int = 1) -> None:  # noqa: ANN401
+    def __init__(self, path: Path, keywords: Sequence[str], output: Any, threads: int = 1) -> None:  # noqa: ANN401
         super().__init__()
         self.session = session(path, threads)
-        self.keywords = tuple(call[1])
+        self.keywords = tuple(keywords)
         self.names = [value.name for value in self.session.get_inputs()]
-        self.output, self.spec = pytree.tree_flatten(output)
+        self.output = output
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a file that says itself how it is called; records become dictionaries."""
+        described = session(path).get_modelmeta().custom_metadata_map.get(_CALL)
+        if described is None:
+            raise DataError(f"{path} does not say how it is called; it was not written by this exporter")
+        call = json.loads(described)
+        return cls(path, call["keywords"], _rebuilt(call["output"]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by ONNX Runtime."""
         inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
         feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, inputs, strict=True)}
-        results = iter(self.session.run(None, feed))
         device = inputs[0].device
-        leaves = [
-            torch.from_numpy(next(results)).to(device) if isinstance(leaf, Tensor) else leaf
-            for leaf in self.output
-        ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        results = [torch.from_numpy(array).to(device) for array in self.session.run(None, feed)]
+        return pytree.tree_map_only(_Index, lambda index: results[index.at], self.output)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Stands for the n-th output of the file."""
+
+    at: int
+
+
+def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
+    """Replace the tensors of a model's output by their indices."""
+    count = iter(range(len(pytree.tree_leaves(output))))
+    return pytree.tree_map_only(Tensor, lambda _: _Index(next(count)), output)
+
+
+def describe_call(keywords: Sequence[str], output: Any) -> dict[str, str]:  # noqa: ANN401
+    """Return metadata of the file: how it is called and what it returns, as JSON."""
+    return {_CALL: json.dumps({"keywords": [*keywords], "output": _described(output)})}
+
+
+def _described(tree: Any) -> Any:  # noqa: ANN401
+    if isinstance(tree, _Index):
+        return tree.at
+    if isinstance(tree, Mapping):
+        return {str(key): _described(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_described(value) for value in tree]
+    return None
+
+
+def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
+    if isinstance(tree, dict):
+        return {key: _rebuilt(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return tuple(_rebuilt(value) for value in tree)
+    return _Index(tree) if isinstance(tree, int) else None
 
 
 def session(file: Path | bytes, threads: int = 1, optimized: Path | None = None) -> Any:  # noqa: ANN401  # InferenceSession

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def trace(model: nn.Module, call: Call, opset: int) -> onnx_ir.Model:
     return program.model
 
 
-def write(graph: onnx_ir.Model, path: Path) -> Callable[[Path], None]:
+def write(graph: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Callable[[Path], None]:
     """Write the graph as one file, in the form ONNX Runtime fuses; return what writes its float twin.
 
     Raises:
@@ -63,6 +63,7 @@ def write(graph: onnx_ir.Model, path: Path) -> Callable[[Path], None]:
     before = onnx_ir.to_proto(graph)
     _graph.fuse(graph)
     _graph.name_dimensions(graph)
+    graph.metadata_props.update(metadata)
     num_bytes = sum(
         value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
 from qpipe_onnx._agreement import Agreement, step_by_step
 from qpipe_onnx._call import Call, batch_size, moved, some_samples
-from qpipe_onnx._runtime import OnnxRuntimeModule, executed_nodes, latencies_ms
+from qpipe_onnx._runtime import OnnxRuntimeModule, describe_call, executed_nodes, indexed, latencies_ms
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
@@ -58,15 +58,22 @@ class OnnxExporter(Exporter):
         path = context.folder / _FILE
         converted = convert(context.simulation).cpu()
         call = moved(call, "cpu")
-        twin = write(trace(converted, call, self.opset), path)
         with torch.no_grad():
-            module = OnnxRuntimeModule(path, call, converted(*call[0], **call[1]))
+            output = indexed(converted(*call[0], **call[1]))
+            graph = trace(converted, call, self.opset)
+            twin = write(graph, path, describe_call([*call[1]], output))
+            module = OnnxRuntimeModule(path, [*call[1]], output)
             proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
             proof |= self._agreement(module, context) | {"nodes": executed_nodes(path)}
             proof |= self._latency(module, twin, call)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         engine = f"onnxruntime {version('onnxruntime')}"
         return Artifact(self.name, engine, Path(_FILE), digest, path.stat().st_size, proof, module)
+
+    @classmethod
+    def load(cls, path: Path) -> nn.Module | None:
+        """Return a module that runs the file in ONNX Runtime."""
+        return OnnxRuntimeModule.open(path)
 
     def _agreement(self, module: nn.Module, context: ExportContext) -> dict[str, Any]:
         """Compare all of the file with all of the simulation."""
@@ -81,14 +88,14 @@ class OnnxExporter(Exporter):
         executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
         return {"samples": count, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
 
-    def _latency(self, module: nn.Module, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
+    def _latency(self, module: OnnxRuntimeModule, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
         sample = some_samples(call, 1)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / _FILE
             modules = [module]
             if self.compare_fp32:
                 twin(path)
-                modules.append(OnnxRuntimeModule(path, sample, module(*sample[0], **sample[1])))
+                modules.append(OnnxRuntimeModule(path, module.keywords, module.output))
             names = ("latency_ms", "fp32_latency_ms")
             return dict(zip(names, latencies_ms(modules, sample), strict=False)) | {
                 "threads": 1,
