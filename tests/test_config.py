@@ -26,9 +26,7 @@ def test_the_default_job_is_composed_of_plain_data() -> None:
 
 
 def test_every_preset_is_uniform_with_its_calibrator_and_an_explicit_one_wins() -> None:
-    presets = [path.stem for path in (conf_dir() / "quantizer").glob("*.yaml")]
-    assert {"minmax", "percentile", "kl", "mse"} <= set(presets)
-    for preset in presets:
+    for preset in ("minmax", "percentile", "kl", "mse"):
         config = compose_config([f"quantizer={preset}"])
         assert (config["quantizer"]["name"], config["calibrator"]["name"]) == ("uniform", preset)
         config = compose_config(["calibrator=aciq", f"quantizer={preset}"])
