@@ -145,7 +145,7 @@ def own_pass(
 
 
 def as_shard(batches: Batches) -> Shard:
-    """Keep Lightning from taking a list of batches for several loaders, and a loader's samples for its own."""
+    """Keep Lightning from taking a list of batches for several loaders."""
     return batches if isinstance(batches, Shard) else Shard(batches)
 
 
