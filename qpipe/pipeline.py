@@ -195,6 +195,9 @@ def library_config(choices: _Config, exporting: bool) -> dict[str, Any]:
     for key, value in _preset(config["quantizer"]).items():
         if key not in choices or key == "quantizer":
             config[key] = value
+    for role in (role.value for role in Role):
+        if isinstance(config[role], Mapping):
+            config[role] = _without_preset(config[role], role)
     if isinstance(config["target"], str):
         config["target"] = _target_file(config["target"])
     return config
@@ -379,12 +382,24 @@ def _preset(quantizer: Any) -> dict[str, Any]:  # noqa: ANN401
     if not isinstance(quantizer, str) or not path.is_file():
         return {}
     words: dict[str, Any] = {}
-    for entry in yaml.safe_load(path.read_text())["defaults"]:
+    arguments = yaml.safe_load(path.read_text())
+    for entry in arguments.pop("defaults"):
         if isinstance(entry, str) and entry != "_self_":
             words["quantizer"] = entry
         elif isinstance(entry, Mapping):
             words |= {key.split("/")[-1].split("@")[0]: value for key, value in entry.items()}
-    return words
+    return {**words, "quantizer": {"name": words["quantizer"], **arguments}} if arguments else words
+
+
+def _without_preset(slot: _Config, role: str) -> dict[str, Any]:
+    """Return a slot with the preset of its quantizer, if it is one, written out."""
+    words = _preset(slot.get("quantizer"))
+    if len(words) > 1:
+        raise RecipeError(
+            f"{role}.quantizer={slot['quantizer']} is a preset that chooses the shared calibrator too; "
+            f"say {role}.calibrator={words['calibrator']} instead"
+        )
+    return {**slot, **words}
 
 
 def _rows(preparation: Preparation) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
