@@ -303,9 +303,10 @@ class Histogram(Distribution):
         self._grow(_octave(batch), len(blocks))
         self.ends = self.ends.merge(batch)
         signed = _maybe(batch.low < 0)
-        blocks = blocks[:, :: self.stride]
-        for chunk in torch.split(blocks, max(1, _CHUNK // len(blocks)), dim=1):
-            self._count(chunk.float(), signed)
+        least, origin, one = self._least(), self._origin(), self.counts.new_ones(1)
+        for chunk in torch.split(blocks[:, :: self.stride], max(1, _CHUNK // len(blocks)), dim=1):
+            index = _positions(chunk.float(), least, origin, signed).flatten()
+            self.counts.view(-1).index_add_(0, index, one.expand(len(index)))
 
     def _grow(self, octave: Tensor, num_blocks: int) -> None:
         if not len(self.counts):
@@ -314,18 +315,6 @@ class Histogram(Distribution):
         elif _maybe(octave > self.octave):
             self.counts = _regrid(self.counts, (octave - self.octave).clamp(min=0))
             self.octave = torch.maximum(self.octave, octave)
-
-    def _count(self, x: Tensor, signed: bool) -> None:
-        """Add one to the bin of each x: its leading bits, less those at which the grid begins."""
-        bits = x.view(torch.int32)
-        magnitude = (bits & 0x7FFFFFFF if signed else bits) >> 13
-        index = magnitude.sub_(self._least()).clamp_(min=0)
-        if signed:
-            sign = bits >> 31
-            index.bitwise_xor_(sign).sub_(sign)  # two's complement: negate where sign is -1
-        index.add_(self._origin())
-        one = self.counts.new_ones(1).expand(index.numel())
-        self.counts.view(-1).index_add_(0, index.flatten(), one)
 
     def _least(self) -> Tensor:
         """Leading bits at which the grid begins, [B, 1]."""
@@ -419,6 +408,16 @@ class Histogram(Distribution):
         index = (edges[:, :-1] / width).long().clamp(max=num_bins - 1)
         counts = torch.zeros(len(self.counts), num_bins, dtype=torch.int64, device=self.counts.device)
         return counts.scatter_add_(1, index, self._magnitude_counts()), width
+
+
+def _positions(x: Tensor, least: Tensor, origin: Tensor, signed: bool) -> Tensor:
+    """Return where each x [b, n] is counted: its leading bits, less those at which the grid begins."""
+    bits = x.view(torch.int32)
+    if not signed:
+        return (bits >> 13).sub_(least - origin).clamp_(min=origin)
+    sign = bits >> 31
+    magnitude = (bits & 0x7FFFFFFF).bitwise_right_shift_(13).sub_(least).clamp_(min=0)
+    return magnitude.bitwise_xor_(sign).sub_(sign).add_(origin)  # two's complement: negated where sign is -1
 
 
 def _maybe(condition: Tensor) -> bool:
