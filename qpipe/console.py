@@ -83,7 +83,7 @@ def sweep(rows: Sequence[tuple[str, Report | None]], repeats: Sequence[str]) -> 
     columns = [column for column in columns if _differs(done, *column)][:6]
     table = [
         (
-            " ".join(words),
+            words,
             *(_figure(report.metrics.get(v, {}).get(name) if report else None) for v, name in columns),
         )
         for words, report in rows
