@@ -91,7 +91,8 @@ def _code(error: QpipeError) -> int:
 
 def _hush() -> None:
     """Keep Lightning's advice out of the output; its errors stay."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
 
 
