@@ -67,7 +67,7 @@ def float_rest(model: nn.Module) -> dict[str, Tensor]:
     coded = {id(weight.module._parameters[weight.parameter_name]) for weight in qnn.weight_quantizers(model)}
     implied = {
         f"{name}.zero_point"
-        for name, m in model.named_modules()
+        for name, m in model.named_modules(remove_duplicate=False)  # tied weights share one
         if isinstance(m, qnn.FakeQuant) and m.slot.spec.symmetric
     }
     found: dict[tuple[object, ...], tuple[str, Tensor]] = {}

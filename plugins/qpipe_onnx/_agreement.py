@@ -150,6 +150,7 @@ def _forced(converted: nn.Module, codes: dict[int, Tensor], result: StepByStep) 
         executed = codes.get(next(turn)) if output.is_floating_point() else None
         if executed is None or not isinstance(module, CodedActivation):
             return output
+        executed = executed.reshape(output.shape)  # the file pools [B, C, 1, 1] where the model means [B, C]
         result.add(module.name, executed, torch.round(output / module.scale).int() + module.zero_point)
         return (executed - module.zero_point).to(output.dtype) * module.scale
 

@@ -30,7 +30,7 @@ def tidy(model: ir.Model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ClearMetadataAndDocStringPass()(model)
     passes.DeduplicateInitializersPass()(model)
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.producer_name, model.producer_version = "qpipe", ""
 
