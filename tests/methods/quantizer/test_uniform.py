@@ -4,7 +4,7 @@ import pytest
 import torch
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 
-from qpipe import QuantSpec, RecipeError, Samples
+from qpipe import QParams, QuantSpec, RecipeError, Samples
 from qpipe.testing import SIGNED, UNSIGNED, QuantizerContract, fit, gaussian_blocks, sample_blocks
 
 
