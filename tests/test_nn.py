@@ -232,11 +232,9 @@ def test_recurrent_layers_read_quantized_weights(
     model = quantized(Recurrent(), x)
     assert [edge.name for edge in edge_quantizers(model)] == ["input", "layer"]
     float_layer = kind(4, 6, num_layers=2, batch_first=True)
-    rounded = {
-        w.parameter_name: w.fake_quant(w.blocks_input())
-        for w in weight_quantizers(model.get_submodule("layer"))
-    }
-    float_layer.load_state_dict({**model.get_submodule("layer").state_dict(), **rounded}, strict=False)
+    layer = model.get_submodule("layer")
+    rounded = {w.parameter_name: w.fake_quant(w.blocks_input()) for w in weight_quantizers(layer)}
+    float_layer.load_state_dict({**layer.state_dict(), **rounded}, strict=False)
     edges = {edge.name: edge for edge in edge_quantizers(model)}
     expected = edges["layer"](float_layer(edges["input"](x))[0])
     torch.testing.assert_close(layer(edges["input"](x))[0], expected)
