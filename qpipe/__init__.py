@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.transform import Transform
     from qpipe.loading import load
     from qpipe.packing import pack, payload_bytes, unpack
-    from qpipe.pipeline import build_recipe, quantize, run
+    from qpipe.pipeline import quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
     from qpipe.stages.data import calibration_batches
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
@@ -43,7 +43,7 @@ _HOME = {
     "kinds.transform": ["Transform"],
     "loading": ["load"],
     "packing": ["pack", "payload_bytes", "unpack"],
-    "pipeline": ["build_recipe", "quantize", "run"],
+    "pipeline": ["quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
     "stages.data": ["calibration_batches"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpipe import console
+from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
 from qpipe.objects import build_data, build_model, build_task, build_trainer
-from qpipe.pipeline import build_recipe, plan, run
+from qpipe.pipeline import plan, run
 
 if TYPE_CHECKING:
     from qpipe.kinds.tracker import Tracker

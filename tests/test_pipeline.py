@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import qpipe
+from qpipe.choices import build_recipe, library_config
 from qpipe.errors import DataError, RecipeError
-from qpipe.pipeline import build_recipe, library_config, run
+from qpipe.pipeline import run
 from qpipe.registry import PluginRegistry
 
 

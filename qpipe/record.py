@@ -1,0 +1,87 @@
+"""What a run leaves behind: a folder that is whole, or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from qpipe.errors import RecipeError
+from qpipe.types import Report
+
+_Config = Mapping[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure depends on beside the recipe: versions, processor, threads."""
+    packages = ("qpipe-quant", "torch", "pytorch-lightning", "onnxruntime")
+    return {
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """Return a report as plain data, for JSON."""
+    artifacts = [
+        {**{k: v for k, v in vars(a).items() if k != "module"}, "path": str(a.path), "proof": dict(a.proof)}
+        for a in report.artifacts
+    ]
+    rest = {k: v for k, v in vars(report).items() if k not in ("artifacts", "folder")}
+    return {**rest, "artifacts": artifacts}
+
+
+@contextmanager
+def staged(folder: Path | None) -> Iterator[Path]:
+    """Yield a folder to write into; it becomes folder when the block ends well, and vanishes otherwise."""
+    parent = folder.parent if folder else Path(tempfile.gettempdir())
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"out={folder} exists already and is not an empty folder; choose another")
+    made = [place for place in (parent, *parent.parents) if not place.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name if folder else 'qpipe'}-", dir=parent))
+    except OSError as error:
+        raise RecipeError(
+            f"out={folder} cannot be written: {error.strerror}; choose another folder"
+        ) from None
+    staging.chmod(0o755)
+    try:
+        yield staging
+        if folder:
+            os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # what now holds the run stays
+            for place in made:
+                place.rmdir()
+
+
+def write_record(report: Report, config: _Config | None, folder: Path) -> None:
+    """Write report.json, and config.yaml from which the run can be repeated."""
+    if config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    (folder / "report.json").write_text(json.dumps(report_dict(report), indent=1, default=str) + "\n")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
