@@ -12,7 +12,8 @@ from torch import Tensor, multiprocessing, nn
 
 from qpipe.errors import DataError, RecipeError
 from qpipe.nn import edge_quantizers, weight_quantizers
-from qpipe.pipeline import _quiet_trainer, build_recipe, library_config
+from qpipe.choices import build_recipe, library_config
+from qpipe.pipeline import _quiet_trainer
 from qpipe.registry import PluginRegistry
 from qpipe.stages.calibrate import calibrate, needed
 from qpipe.stages.data import Shard
