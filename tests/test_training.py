@@ -139,13 +139,14 @@ def test_reestimated_statistics_are_plain_means() -> None:
 
 
 def test_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    saving = trainer(4, [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], enable_checkpointing=True)
-    whole = finetuned("lsq", with_=saving)
+    def saving(*callbacks: Callback) -> Trainer:
+        every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        return trainer(4, [every_epoch, *callbacks], enable_checkpointing=True)
+
+    whole = finetuned("lsq", with_=saving())
     checkpoint = str(tmp_path / "epoch=1.ckpt")
     seen = CountSteps()
-    resumed = finetuned(
-        {"name": "lsq", "resume": checkpoint}, with_=trainer(4, [seen, *saving.checkpoint_callbacks])
-    )
+    resumed = finetuned({"name": "lsq", "resume": checkpoint}, with_=saving(seen))
     assert len(seen.losses) == 2 * 6
     # the order of the batches differs, nothing else: the schedule and Adam's moments go on
     start = torch.load(checkpoint, weights_only=True)["state_dict"]["model.0.weight"]
