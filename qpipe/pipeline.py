@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ def quantize(
     """
     registry = PluginRegistry.load_installed()
     recipe = build_recipe(library_config(choices, exporting=out is not None), registry)
+    recipe = replace(recipe, notices=(*registry.notices, *recipe.notices))
     return run(
         model,
         as_datamodule(data),
