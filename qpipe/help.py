@@ -26,6 +26,7 @@ _FLAGS = (
     ("--config FILE", "start from a run's config.yaml instead of the groups"),
     ("--version, --help", "say which version this is; print this page"),
     ("plan=true", "say what would be quantized, and touch nothing"),
+    ("gate.max_drop=1  gate.min=…  gate.metric=…", "a result that loses more exits with 3; the run is kept"),
     ("out=FOLDER", "the run's folder (default runs/<date-time>)"),
     ("seed=0", "the seed of every random generator"),
     ("layers=[{match:'stem.*',weight:{num_bits:8}}]", "rules for single layers, first to last"),

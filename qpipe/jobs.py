@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpipe import console
 from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
+from qpipe.gate import check_gate
 from qpipe.objects import build_data, build_model, build_task, build_trainer
 from qpipe.pipeline import plan, run
 
@@ -48,6 +49,7 @@ def run_job(config: _Config, registry: PluginRegistry, parent: str | None = None
         _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config))
         record.report = report
     console.summary(report, record.where)
+    check_gate(report.metrics, **config["gate"])
     return report
 
 
