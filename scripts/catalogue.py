@@ -19,8 +19,8 @@ KINDS = (
 )
 HEAD = """# Methods
 
-Written by `python scripts/catalogue.py` from docstrings and tests; a test compares. Each heading is a word of the
-command line; each fact names the test that fails when it no longer holds.
+Written by `python scripts/catalogue.py` from docstrings and tests; a test compares. Each heading is a word of
+the command line; each fact names the test that fails when it no longer holds.
 """
 
 
