@@ -1,0 +1,129 @@
+"""Learn for each weight whether it is rounded up or down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpipe import FinetuneStrategy, RecipeError, hookimpl
+from qpipe_methods.finetune._layerwise import LayerwiseStrategy
+from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
+from qpipe_methods.reconstruction import Layer
+
+_GAMMA, _ZETA = -0.1, 1.1
+
+
+class AdaRound(LayerwiseStrategy):
+    """Minimize each layer's output error over a relaxed choice of floor or ceiling, annealed until it is one.
+
+    The error is taken over all samples at once, from second moments, before the activation function. It
+    is kept where it has less error than rounding to nearest, output by output.
+
+    Args:
+        iterations: Adam steps a layer.
+        lr: of Adam.
+        regularization: weight of sum(1 - |2 h - 1|^beta), in units of rounding's error a weight.
+        beta: first and last exponent.
+        warm_start: share of the iterations without regularization.
+        match, ridge: as for GPTQ.
+        num_samples: of the calibration set.
+        memory_gb: for activations.
+
+    Source: Nagel et al., 2020, arXiv 2004.10568, eqs. 21 to 25.
+    """
+
+    name = "adaround"
+
+    def __init__(
+        self,
+        iterations: int = 500,
+        lr: float = 0.02,
+        regularization: float = 1.0,
+        beta: tuple[float, float] = (20.0, 2.0),
+        warm_start: float = 0.2,
+        match: str = "layer",
+        ridge: float = 0.1,
+        num_samples: int = 128,
+        memory_gb: float = 4.0,
+    ) -> None:
+        super().__init__(num_samples, memory_gb)
+        if match not in ("layer", "float"):
+            raise ValueError(f"match is layer or float, not {match!r}")
+        self.iterations = iterations
+        self.lr = lr
+        self.regularization = regularization
+        self.beta = beta
+        self.warm_start = warm_start
+        self.match = match
+        self.ridge = ridge
+
+    def improve(self, layer: Layer) -> None:
+        """Replace the weight by its learned rounding."""
+        slot = layer.fake_quant.slot
+        if not slot.quantizer.is_affine(slot.spec):
+            raise RecipeError(
+                f"adaround rounds to even steps, quantizer '{slot.quantizer.name}' of '{layer.name}' has none"
+            )
+        levels, of = Levels(layer), moments(layer)
+        aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge)
+        rounding = Rounding(aim.float(), levels)
+        nearest = levels.round(aim)
+        self._learn(rounding, goal, float((goal.error(nearest).sum() / nearest.numel()).clamp(min=1e-30)))
+        rounded = rounding.weight((rounding.h() > 0.5).float())
+        keep(layer, levels, no_worse(rounded.to(aim), nearest, goal), of)
+
+    def _learn(self, rounding: Rounding, goal: Moments, unit: float) -> None:
+        goal = goal.float()
+        optimizer = torch.optim.Adam([rounding.v], lr=self.lr)
+        start = int(self.warm_start * self.iterations)
+        with torch.enable_grad():
+            for i in range(self.iterations):
+                h = rounding.h()
+                loss = goal.error(rounding.weight(h)).sum() / unit
+                if i >= start:
+                    progress = (i - start) / max(1, self.iterations - start)
+                    beta = self.beta[0] + (self.beta[1] - self.beta[0]) * progress
+                    loss = loss + self.regularization * regularizer(h, beta)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+
+class Rounding:
+    """A weight between floor and ceiling: scale * clip(floor(w / scale) + h), eq. 22.
+
+    Args:
+        weight: [G, O, K].
+    """
+
+    def __init__(self, weight: Tensor, levels: Levels) -> None:
+        spec = levels.fake_quant.slot.spec
+        self.scale, zero_point = levels.per_element()
+        self.low, self.high = spec.quant_min - zero_point, spec.quant_max - zero_point
+        ratio = weight / self.scale
+        self.floor = ratio.floor()
+        self.v = inverse_h((ratio - self.floor).clamp(0.001, 0.999)).requires_grad_()
+
+    def h(self) -> Tensor:
+        """Return the rectified sigmoid, 0 to 1 (eq. 23)."""
+        return (torch.sigmoid(self.v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+    def weight(self, h: Tensor) -> Tensor:
+        """Return the weight for a choice h."""
+        return (self.floor + h).clamp(self.low, self.high) * self.scale
+
+
+def inverse_h(h: Tensor) -> Tensor:
+    """Return v whose rectified sigmoid is h."""
+    return -torch.log((_ZETA - _GAMMA) / (h - _GAMMA) - 1)
+
+
+def regularizer(h: Tensor, beta: float) -> Tensor:
+    """Return sum(1 - |2 h - 1|^beta), 0 where every h is 0 or 1 (eq. 24)."""
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
+@hookimpl
+def qpipe_register_finetune() -> list[type[FinetuneStrategy]]:
+    """Offer AdaRound."""
+    return [AdaRound]

@@ -1,0 +1,198 @@
+"""A layer's output error as a quadratic form of its weight, and the levels the weight may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qpipe import QParams
+from qpipe.nn import FakeQuant
+from qpipe_methods.reconstruction import Layer, parameter
+
+_CHUNK = 2**24  # elements that are unfolded at once: 64 MiB
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's inputs x and of the outputs y it should give, for G groups of channels.
+
+    With a bias they are taken about the means, which the bias takes up.
+
+    Args:
+        xx: [G, K, K], mean of x x'; the Hessian of half the squared error.
+        xy: [G, K, O], mean of x y'.
+        yy: [G, O], mean of y y.
+        mean_x, mean_y: [G, K] and [G, O], zero without a bias.
+    """
+
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+
+    def error(self, weight: Tensor) -> Tensor:
+        """Return the mean squared output error of weight [G, O, K] for each output, [G, O]."""
+        weight = weight.to(self.xx)
+        linear = (weight * self.xy.transpose(1, 2)).sum(2)
+        return ((weight @ self.xx) * weight).sum(2) - 2 * linear + self.yy
+
+    def aimed_at(self, weight: Tensor) -> Moments:
+        """Return the moments whose targets are what weight [G, O, K] itself makes of the inputs."""
+        xy = self.xx @ weight.to(self.xx).transpose(1, 2)
+        yy = (weight.to(self.xx).transpose(1, 2) * xy).sum(1)
+        return replace(self, xy=xy, yy=yy)
+
+    def float(self) -> Moments:
+        """Return them in single precision."""
+        return Moments(*(value.float() for value in vars(self).values()))
+
+    def damped(self, damping: float) -> Tensor:
+        """Return xx with a share of its mean diagonal added; an input never seen counts as that mean."""
+        diagonal = self.xx.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(self.xx.dtype).tiny)
+        unseen = diagonal <= 1e-12 * mean
+        return self.xx + torch.diag_embed(damping * mean + torch.where(unseen, mean, 0))
+
+    def solution(self, weight: Tensor, damping: float) -> Tensor:
+        """Return the real weight of least error, held to weight [G, O, K] by damping (ridge regression)."""
+        weight = weight.to(self.xx)
+        rest = self.xy - self.xx @ weight.transpose(1, 2)
+        return weight + torch.linalg.solve(self.damped(damping), rest).transpose(1, 2)
+
+
+def moments(layer: Layer) -> Moments:
+    """Sum up what reaches a layer and what it should give, in float64."""
+    centred = layer.module._parameters.get("bias") is not None
+    xx = xy = yy = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for x, y in _rows(layer):
+        count += x.shape[2]
+        xx, xy = xx + (x @ x.mT).double(), xy + (x @ y.mT).double()
+        yy = yy + y.square().sum(2).double()
+        sum_x, sum_y = sum_x + x.sum(2).double(), sum_y + y.sum(2).double()
+    mean_x, mean_y = sum_x / count * centred, sum_y / count * centred
+    xx = xx / count - mean_x[:, :, None] * mean_x[:, None]
+    xy = xy / count - mean_x[:, :, None] * mean_y[:, None]
+    return Moments(xx, xy, yy / count - mean_y.square(), mean_x, mean_y)
+
+
+def goal_of(of: Moments, weight: Tensor, match: str, ridge: float) -> tuple[Tensor, Moments]:
+    """Return the real weight [G, O, K] to round, and the moments by which roundings are judged.
+
+    Args:
+        match: 'layer' takes the float weight; 'float' the weight that best gives the float model's outputs.
+        ridge: holds the latter to the float weight.
+    """
+    weight = weight.to(of.xx)
+    aim = of.solution(weight, ridge) if match == "float" else weight
+    return aim, of.aimed_at(aim)
+
+
+def no_worse(rounded: Tensor, nearest: Tensor, goal: Moments) -> Tensor:
+    """Return rounded, and nearest for the outputs where that has less error; both [G, O, K]."""
+    better = goal.error(rounded) <= goal.error(nearest)
+    return torch.where(better[:, :, None], rounded, nearest)
+
+
+def _rows(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs [G, K, N] and targets [G, O, N], a column for each product of weight and input."""
+    groups = getattr(layer.module, "groups", 1)
+    for x, y in zip(layer.inputs, layer.targets, strict=True):
+        if isinstance(layer.module, nn.Linear):
+            yield x.reshape(1, -1, x.shape[-1]).mT, y.reshape(1, -1, y.shape[-1]).mT
+            continue
+        size = max(1, _CHUNK // max(1, layer.weight[0].numel() * groups * y[0, 0].numel()))
+        for part, target in zip(x.split(size), y.split(size), strict=True):
+            yield _grouped(_unfold(layer.module, part), groups), _grouped(target.flatten(2), groups)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+def _unfold(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401  # a convolution
+    """Return [B, C * kernel, L]; of a pointwise convolution a view."""
+    dims = len(module.kernel_size)
+    if any(p != 0 for p in module._reversed_padding_repeated_twice):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for i, (size, step, gap) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        x = x.unfold(2 + i, (size - 1) * gap + 1, step)[..., ::gap]
+    kernel = range(2 + dims, 2 + 2 * dims)
+    return x.permute(0, 1, *kernel, *range(2, 2 + dims)).flatten(2 + dims).flatten(1, 1 + dims)
+
+
+class Levels:
+    """The levels of a layer's weight, element by element: [G, O, K], whatever quantizer and granularity.
+
+    Args:
+        layer: calibrated.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.fake_quant: FakeQuant = layer.fake_quant
+        self.shape = layer.weight.shape
+        self.groups = getattr(layer.module, "groups", 1)
+        granularity = self.fake_quant.slot.granularity
+        blocks = granularity.to_blocks(layer.weight)
+        numbers = torch.arange(len(blocks), device=blocks.device)[:, None].expand(blocks.shape)
+        self.block = self.rows(granularity.from_blocks(numbers, self.shape))  # which one an element is in
+        self.num_blocks = len(blocks)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """View a weight [O, *] as [G, O / G, K]."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def weight(self, rows: Tensor) -> Tensor:
+        """Undo rows."""
+        return rows.reshape(self.shape)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Return the level nearest to each element of x [G, O, K]."""
+        slot = self.fake_quant.slot
+        blocks = slot.granularity.to_blocks(self.weight(x).float())
+        codes = slot.quantizer.quantize(blocks, self.fake_quant.qparams(), slot.spec)
+        rounded = slot.quantizer.dequantize(codes, self.fake_quant.qparams(), slot.spec)
+        return self.rows(slot.granularity.from_blocks(rounded, self.shape)).to(x)
+
+    def round_column(self, x: Tensor, column: Tensor | int) -> Tensor:
+        """Return the level nearest to each element of x [G, O]: of a column, or of one a group [G]."""
+        if isinstance(column, int):
+            block = self.block[:, :, column]
+        else:
+            block = self.block.gather(2, column[:, None, None].expand(-1, x.shape[1], 1))
+        slot, qparams = self.fake_quant.slot, self.qparams(block.flatten())
+        codes = slot.quantizer.quantize(x.reshape(-1, 1).float(), qparams, slot.spec)
+        return slot.quantizer.dequantize(codes, qparams, slot.spec).reshape(x.shape).to(x)
+
+    def qparams(self, block: Tensor) -> QParams:
+        """Return the parameters of blocks [n], a row each."""
+        of = self.fake_quant.qparams()
+        extra = {name: value[block] for name, value in of.extra.items()}
+        return QParams(of.scale[block], of.zero_point[block], extra)
+
+    def per_element(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero_point of each element, [G, O, K]."""
+        of = self.fake_quant.qparams()
+        return of.scale[:, 0][self.block], of.zero_point[:, 0][self.block]
+
+
+def keep(layer: Layer, levels: Levels, rows: Tensor, of: Moments) -> None:
+    """Store a weight [G, O, K] and the bias that gives the targets' means."""
+    layer.weight.copy_(levels.weight(rows))
+    set_bias(layer, levels, rows, of)
+
+
+def set_bias(layer: Layer, levels: Levels, rows: Tensor, of: Moments) -> None:
+    """Store the bias that gives the targets' means, where there is one."""
+    if layer.module._parameters.get("bias") is not None:
+        mean = torch.einsum("gok,gk->go", rows.to(of.mean_x), of.mean_x)
+        parameter(layer.module, "bias").copy_((of.mean_y - mean).flatten())
