@@ -59,6 +59,7 @@ class FakeQuant(nn.Module):
 
     def __init__(self, slot: Slot, name: str, edge: Edge | None = None, order: int = 0) -> None:
         super().__init__()
+        self.training = False  # placed in a model in eval mode; train() of the model turns it on
         self.slot = slot
         self.name = name
         self.edge = edge
