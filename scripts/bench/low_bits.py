@@ -240,6 +240,10 @@ ARMS: dict[str, dict[str, Any]] = {  # qpipe's; beside them 'control' and 'yards
     "lsq_mse_start": SEARCH,
     "lsq_distill": {"finetune": [SOFT]},
     "lsq_mse_start_distill": {"calibrator": "mse", "finetune": [{**SOFT, "init": "calibrated"}]},
+    "lsq_plus": {"calibrator": "mse", "finetune": ["lsq_plus"]},
+    "pact": {"finetune": ["pact"]},
+    "ewgs": {"finetune": ["ewgs"]},
+    "dsq": {"finetune": ["dsq"]},
     "qat_mse": {"calibrator": "mse", "finetune": ["qat"]},
 }
 

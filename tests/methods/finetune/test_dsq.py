@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from qpipe_methods.calibrator.minmax import MinMaxCalibrator
+from qpipe_methods.finetune.dsq import DSQ, SoftStep, staircase
+from qpipe_methods.granularity.layer import PerLayer
+from qpipe_methods.quantizer.uniform import UniformQuantizer
+
+from qpipe import QParams, QuantSpec, Role, Slot
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.4, 0.9])
+def test_the_staircase_meets_the_levels(alpha: float) -> None:
+    codes = torch.arange(-4.0, 5.0, dtype=torch.float64)
+    assert torch.allclose(staircase(codes, alpha), codes)  # φ(±Δ/2) = ±1
+    assert torch.allclose(staircase(codes + 1 - 1e-9, alpha), codes + 1)
+    assert torch.allclose(staircase(codes + 0.5, alpha), codes + 0.5)
+
+
+def test_the_staircase_lies_between_rounding_and_the_identity() -> None:
+    ratio = torch.tensor([0.1, 0.4, 0.7, 2.2], dtype=torch.float64)
+    assert torch.allclose(staircase(ratio, 1e-12), ratio.round(), atol=0.01)
+    assert torch.allclose(staircase(ratio, 1 - 1e-6), ratio, atol=1e-6)
+
+
+def test_its_value_is_equation_3() -> None:
+    alpha, x = 0.4, 0.3
+    k = math.log(2 / alpha - 1)  # Δ = 1
+    s = 1 / (1 - alpha)
+    expected = 0.5 * (s * math.tanh(k * (x - 0.5)) + 1)
+    assert staircase(torch.tensor([x], dtype=torch.float64), alpha).item() == pytest.approx(expected)
+
+
+def test_levels_are_hard_and_gradients_soft() -> None:
+    slot = Slot(UniformQuantizer(), MinMaxCalibrator(), PerLayer(), QuantSpec(num_bits=4, role=Role.WEIGHT))
+    step = SoftStep(slot, QParams(torch.full((1, 1), 0.5), torch.zeros(1, 1)), 0.4)
+    x = torch.tensor([0.5 * 1.3, 0.5 * 1.5, 0.5 * 20], requires_grad=True)
+    y = step(x)
+    y.sum().backward()
+    assert y.tolist() == [0.5, 1.0, 3.5]
+    k = math.log(2 / 0.4 - 1)
+    slopes = [0.5 * k / math.cosh(k * d) ** 2 / math.tanh(k / 2) for d in (-0.2, 0.0)]
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx([*slopes, 0], rel=1e-5)
+
+
+def test_alpha_lies_between_zero_and_one() -> None:
+    with pytest.raises(ValueError, match="outside 0 to 1"):
+        DSQ(alpha=1.0)
