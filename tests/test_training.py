@@ -138,13 +138,14 @@ def test_reestimated_statistics_are_plain_means() -> None:
     assert norm.running_var.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     def saving(*callbacks: Callback) -> Trainer:
-        every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        every_epoch = ModelCheckpoint(tmp_path / str(len(callbacks)), "{epoch}", save_top_k=-1)
         return trainer(4, [every_epoch, *callbacks], enable_checkpointing=True)
 
     whole = finetuned("lsq", with_=saving())
-    checkpoint = str(tmp_path / "epoch=1.ckpt")
+    checkpoint = str(tmp_path / "0" / "epoch=1.ckpt")
     seen = CountSteps()
     resumed = finetuned({"name": "lsq", "resume": checkpoint}, with_=saving(seen))
     assert len(seen.losses) == 2 * 6

@@ -72,7 +72,8 @@ class GivenBatches(LightningDataModule):
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
-        self.batches = batches
+        several = isinstance(batches, (list, tuple))  # which Lightning would take for several loaders
+        self.batches = DataLoader(batches, batch_size=None) if several else batches  # type: ignore[arg-type]
 
     def train_dataloader(self) -> Batches:
         """Return the batches."""
