@@ -42,7 +42,7 @@ class Detector(nn.Module):
         return conv, nn.BatchNorm2d(outputs), nn.ReLU()
 
     def forward(self, image: Tensor) -> Output:
-        """Map images [B, 1, 32, 32] to scores [B, 8, 8] and boxes [B, 4, 8, 8]: centre from the cell, size."""
+        """Map images [B, 1, 32, 32] to scores [B, 8, 8] and boxes [B, 4, 8, 8]."""
         features = torch.relu(self.body(image))
         return self.score(features).squeeze(1), self.box(features)
 

@@ -40,7 +40,7 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads((folder / "run" / "report.json").read_text())
@@ -48,6 +48,7 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_bert_classifier(tmp_path: Path) -> None:
     from bert_classifier import BertClassifier, Reviews
     from qpipe_zoo.task.classification import Classification
@@ -71,6 +72,7 @@ def test_a_bert_classifier(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_detector(tmp_path: Path) -> None:
     from detector import Detection, Detector, Squares
 
