@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 
+from qpipe.choices import build_recipe, library_config
 from qpipe.errors import DataError, RecipeError
 from qpipe.nn import edge_quantizers, weight_quantizers
-from qpipe.choices import build_recipe, library_config
 from qpipe.pipeline import _quiet_trainer
 from qpipe.registry import PluginRegistry
 from qpipe.stages.calibrate import calibrate, needed
