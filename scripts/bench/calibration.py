@@ -22,8 +22,9 @@ from qpipe_zoo.data.photos import Photos
 from qpipe_zoo.model.efficientnet_lite0 import efficientnet_lite0
 from torch import nn
 
+from qpipe.choices import build_recipe, library_config
 from qpipe.nn import edge_quantizers
-from qpipe.pipeline import _quiet_trainer, build_recipe, library_config
+from qpipe.pipeline import _quiet_trainer
 from qpipe.registry import PluginRegistry
 from qpipe.stages.calibrate import calibrate_activations, calibrate_weights, fit_together, observe
 from qpipe.stages.data import calibration_batches
