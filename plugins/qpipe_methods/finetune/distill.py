@@ -18,6 +18,7 @@ class Distill(TrainingStrategy):
         training: see TrainingStrategy.
 
     Source: Hinton et al., 2015, arXiv 1503.02531; with quantization: Polino et al., 2018, arXiv 1802.05668.
+    Equation: L = (1 - a) task + a T² KL(softmax(t/T) ‖ softmax(s/T))
     """
 
     name = "distill"

@@ -22,6 +22,7 @@ class QAT(TrainingStrategy):
         training: see TrainingStrategy.
 
     Source: Jacob et al., 2017, arXiv 1712.05877, section 3; Bengio et al., 2013, arXiv 1308.3432.
+    Equation: dQ/dx = 1 inside the range, 0 outside; m <- (1 - c) m + c x
     """
 
     name = "qat"
