@@ -42,6 +42,14 @@ class Moments:
         linear = (weight * self.xy.transpose(1, 2)).sum(2)
         return ((weight @ self.xx) * weight).sum(2) - 2 * linear + self.yy
 
+    def shrunk(self, share: float) -> Moments:
+        """Return the moments with a share of xx's off-diagonal taken away: few photos overstate correlations.
+
+        Call it before aimed_at, which makes xy agree.
+        """
+        diagonal = torch.diag_embed(self.xx.diagonal(dim1=1, dim2=2))
+        return replace(self, xx=torch.lerp(self.xx, diagonal, share))
+
     def aimed_at(self, weight: Tensor) -> Moments:
         """Return the moments whose targets are what weight [G, O, K] itself makes of the inputs."""
         xy = self.xx @ weight.to(self.xx).transpose(1, 2)
@@ -82,16 +90,19 @@ def moments(layer: Layer) -> Moments:
     return Moments(xx, xy, yy / count - mean_y.square(), mean_x, mean_y)
 
 
-def goal_of(of: Moments, weight: Tensor, match: str, ridge: float) -> tuple[Tensor, Moments]:
+def goal_of(
+    of: Moments, weight: Tensor, match: str, ridge: float, shrinkage: float = 0.0
+) -> tuple[Tensor, Moments]:
     """Return the real weight [G, O, K] to round, and the moments by which roundings are judged.
 
     Args:
         match: 'layer' takes the float weight; 'float' the weight that best gives the float model's outputs.
         ridge: holds the latter to the float weight.
+        shrinkage: of the moments by which roundings are judged.
     """
     weight = weight.to(of.xx)
     aim = of.solution(weight, ridge) if match == "float" else weight
-    return aim, of.aimed_at(aim)
+    return aim, of.shrunk(shrinkage).aimed_at(aim)
 
 
 def no_worse(rounded: Tensor, nearest: Tensor, goal: Moments) -> Tensor:

@@ -3,8 +3,8 @@
     python scripts/bench/ptq.py                                   # every row, 256 evaluation crops
     python scripts/bench/ptq.py --rows w4 minilm --evaluation 64  # rows whose name holds one of these words
 
-EfficientNet-Lite0: SQNR of the logits and agreement with float on crops of photos never calibrated on. MiniLM:
-mean cosine of sentence embeddings to float. All figures are simulated; one thread.
+EfficientNet-Lite0: SQNR of the logits and agreement with float, on crops of photos never calibrated
+on. MiniLM: mean cosine of sentence embeddings to float. All figures are simulated; one thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pytorch_lightning import LightningDataModule
 from qpipe_zoo.data.photos import Photos
 from qpipe_zoo.data.sentences import Sentences
 from qpipe_zoo.model.efficientnet_lite0 import efficientnet_lite0
@@ -92,7 +93,9 @@ def compared(output: Tensor, reference: Tensor, is_photos: bool) -> Mapping[str,
     }
 
 
-def run(rows: Mapping[str, dict[str, Any]], model: nn.Module, data: Any, is_photos: bool) -> None:
+def run(
+    rows: Mapping[str, dict[str, Any]], model: nn.Module, data: LightningDataModule, is_photos: bool
+) -> None:
     data.setup("test")
     batches = list(data.test_dataloader())
     reference = outputs(model, batches)

@@ -166,6 +166,13 @@ class TestGPTQ:
         hessian = torch.diag(torch.rand(16).double() + 0.1)[None]
         assert torch.equal(compensated(weight, hessian, levels), levels.round(weight))
 
+    def test_full_shrinkage_is_round_to_nearest(self) -> None:
+        torch.manual_seed(3)
+        layer, levels = single(torch.randn(4, 16), torch.randn(64, 16) @ torch.randn(16, 16))
+        nearest = levels.round(levels.rows(layer.weight))
+        GPTQ(shrinkage=1.0).improve(layer)
+        assert torch.equal(levels.rows(layer.weight), nearest)
+
     def test_the_second_of_two_columns_moves_by_h21_over_h22(self) -> None:
         weight = torch.tensor([[0.30, 1.0]])
         layer, levels = single(weight, torch.randn(8, 2))  # 3 bits: scale 1/3
