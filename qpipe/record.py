@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -76,7 +77,17 @@ def write_record(report: Report, config: _Config | None, folder: Path) -> None:
     """Write report.json, and config.yaml from which the run can be repeated."""
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    (folder / "report.json").write_text(json.dumps(report_dict(report), indent=1, default=str) + "\n")
+    text = json.dumps(_strict(report_dict(report)), indent=1, default=str, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n")
+
+
+def _strict(value: Any) -> Any:  # noqa: ANN401  # a tree of plain values
+    """Write 'inf' and 'nan' as text, which JSON has no numbers for (an exact copy has infinite SQNR)."""
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:

@@ -76,6 +76,16 @@ def test_a_run_leaves_its_folder_whole(net: Net, batches: Tensor, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_an_exact_copy_is_recorded_as_strict_json(net: Net, batches: Tensor, tmp_path: Path) -> None:
+    qpipe.quantize(net, batches, out=tmp_path / "run", exporter=[], weight=None, activation=None)
+
+    def refuse(constant: str) -> float:
+        raise ValueError(constant)
+
+    record = json.loads((tmp_path / "run" / "report.json").read_text(), parse_constant=refuse)
+    assert record["metrics"]["simulated"]["sqnr_db"] == "inf"
+
+
 def test_a_failed_run_leaves_nothing(net: Net, batches: Tensor, tmp_path: Path) -> None:
     batches[100] = torch.nan
     with pytest.raises(DataError, match="'input'"):
