@@ -238,6 +238,7 @@ def test_optimizers_take_their_own_arguments() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_compiled_training_agrees_with_eager() -> None:
     eager = weight_of(finetuned("lsq"))
     compiled = weight_of(finetuned({"name": "lsq", "compile": True}))
