@@ -1,7 +1,7 @@
 """Low bits: qpipe's training beside a plain LSQ by the paper, on tasks that discriminate.
 
-    python scripts/bench/low_bits.py                       # both tasks, every arm, three seeds
-    python scripts/bench/low_bits.py --task digits --arms yardstick lsq --bits 2
+    python scripts/bench/low_bits.py                       # noisy digits, every arm, three seeds
+    python scripts/bench/low_bits.py --task mnist --arms control yardstick lsq --bits 2 4
     python scripts/bench/low_bits.py --steps               # cost of a training step
 
 First and last layer have 8 bits; every arm starts from one fp32 network and trains for the same extra epochs
@@ -334,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", nargs="+", default=[*TASKS], choices=[*TASKS])
+    parser.add_argument("--task", nargs="+", default=["digits"], choices=[*TASKS])
     parser.add_argument("--arms", nargs="+", default=["control", "yardstick", *ARMS])
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", type=int, default=3)
