@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,20 +20,23 @@ class LatencyEvaluator(Evaluator):
     Args:
         seconds: spent on each variant, warm-up included.
         max_calls: timed at most.
+        threads: of torch while it is timed; files run in one, so one compares like with like.
     """
 
     name = "latency"
 
-    def __init__(self, seconds: float = 0.5, max_calls: int = 200) -> None:
+    def __init__(self, seconds: float = 0.5, max_calls: int = 200, threads: int = 1) -> None:
         self.seconds = seconds
         self.max_calls = max_calls
+        self.threads = threads
 
     def measure(self, subject: Subject) -> Mapping[str, float]:
         """Return the median and the 95th percentile, latency_ms and latency_p95_ms, at batch 1."""
         if subject.variant == "simulated":
             return {}
         args, kwargs = subject.task.inputs(_one_sample(next(iter(subject.batches))))
-        times = self._times_ms(subject.model, args, kwargs)
+        with _threads(self.threads):
+            times = self._times_ms(subject.model, args, kwargs)
         median, p95 = torch.quantile(times, torch.tensor([0.5, 0.95], dtype=times.dtype)).tolist()
         return {"latency_ms": median, "latency_p95_ms": p95}
 
@@ -49,6 +53,16 @@ class LatencyEvaluator(Evaluator):
             times.append(1e3 * (time.perf_counter() - start))
         warm = times[min(5, len(times) // 3) :]
         return torch.tensor(warm, dtype=torch.float64)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _one_sample(batch: Any) -> Any:  # noqa: ANN401

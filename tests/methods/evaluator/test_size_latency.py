@@ -47,3 +47,21 @@ def test_size_counts_packed_codes(num_bits: int) -> None:
     )
     codes = (40 * num_bits + 7) // 8
     assert report.metrics["simulated"]["size_bytes"] == codes + 4 * 4 + 4 * 4  # codes, biases, scales
+
+
+def test_latency_uses_one_thread_and_gives_the_others_back() -> None:
+    seen: set[int] = set()
+
+    class Watch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(torch.get_num_threads())
+            return x
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        LatencyEvaluator(max_calls=3).measure(subject(Watch()))
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
