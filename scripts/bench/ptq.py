@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qpipe import Task, quantize
 
 GPTQ = {"name": "gptq", "match": "float"}
+SHRUNK = {"name": "gptq", "shrinkage": 0.2}
 EQUALIZE = ["fold_bn", "equalize"]
 RANGES = ["fold_bn", {"name": "equalize", "objective": "ranges", "steps": 20}]
 ENDS = [{"match": name, "weight": {"num_bits": 8}} for name in ("stem*", "fc*")]
@@ -36,24 +37,24 @@ W4_DEPTHWISE_8: dict[str, Any] = {"weight": {"num_bits": 4}, "layers": DEPTHWISE
 PHOTOS: dict[str, dict[str, Any]] = {
     "w8 channel, round": {},
     "w8 channel, bias_correction": {"finetune": ["bias_correction"]},
-    "w8 channel, gptq": {"finetune": [GPTQ]},
+    "w8 channel, gptq": {"finetune": [SHRUNK]},
     "w8 tensor, round": {"granularity": "layer"},
     "w8 tensor, equalize ranges, bias_correction": {
         "granularity": "layer",
         "transform": RANGES,
         "finetune": ["bias_correction"],
     },
-    "w8 tensor, equalize, gptq": {"granularity": "layer", "transform": EQUALIZE, "finetune": [GPTQ]},
+    "w8 tensor, equalize, gptq": {"granularity": "layer", "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, round": W4,
     "w4 channel, equalize, bias_correction": {**W4, "transform": EQUALIZE, "finetune": ["bias_correction"]},
     "w4 channel, equalize, seqmse": {**W4, "transform": EQUALIZE, "finetune": ["seqmse"]},
-    "w4 channel, equalize, gptq": {**W4, "transform": EQUALIZE, "finetune": [GPTQ]},
+    "w4 channel, equalize, gptq": {**W4, "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, equalize, adaround": {**W4, "transform": EQUALIZE, "finetune": ["adaround"]},
     "w4 channel, equalize, autoround": {**W4, "transform": EQUALIZE, "finetune": ["autoround"]},
     "w4 channel, depthwise 8, equalize, gptq": {
         **W4_DEPTHWISE_8,
         "transform": EQUALIZE,
-        "finetune": [GPTQ],
+        "finetune": [SHRUNK],
     },
 }
 G64 = {"activation": None, "granularity": {"name": "subchannel", "group_size": 64}, "transform": []}

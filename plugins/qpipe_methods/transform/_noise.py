@@ -1,86 +1,72 @@
-"""The scales between layers that make the expected quantization noise least."""
+"""The scales between layers that make the expected quantization noise of the output least."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from qpipe import QuantSpec, Recipe, Role, Slot, Task
 from qpipe.task import Batches
 
 
 @dataclass
-class _Seen:
-    """What reaches a layer, for each input channel; and the variance of each output."""
-
-    low: Tensor
-    high: Tensor
-    square: Tensor
-    output: Tensor
-    output_square: Tensor
-    count: int = 1
-
-    @property
-    def variance(self) -> Tensor:
-        """Of each output."""
-        return self.output_square / self.count - (self.output / self.count).square()
-
-
-@dataclass
 class _Layer:
-    """A layer's noise in the units of its unscaled outputs.
+    """A layer, and how much of its noise reaches the model's output.
 
     Args:
-        before, after: names of the pairs whose channels enter and leave it.
+        low, high: range of each input channel, [I].
+        weight_gain: mean square of the output's derivative by each weight, like weight.
+        input_gain: mean of the same by the elements of each input channel, summed over its elements, [I].
+        before, after: numbers of the pairs whose channels enter and leave it.
     """
 
     weight: Tensor
     groups: int
     slot: Slot | None
-    seen: _Seen
-    importance: Tensor
+    low: Tensor
+    high: Tensor
+    weight_gain: Tensor
+    input_gain: Tensor
     before: int | None = None
     after: int | None = None
-    energy: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.energy = self.weight.flatten(2).square().sum(2)  # [O, I]
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Spread one value an input channel [G * I] to [O, I], as each output reads them."""
-        grouped = x.reshape(self.groups, 1, -1)
-        return grouped.expand(-1, len(self.weight) // self.groups, -1).flatten(0, 1)
 
     def noise(self, logs: Sequence[Tensor], activation: QuantSpec | None) -> Tensor:
-        """Return the noise over the signal of the outputs, both weighted by importance."""
-        enter = logs[self.before].exp() if self.before is not None else torch.ones_like(self.seen.high)
-        leave = logs[self.after].exp() if self.after is not None else torch.ones_like(self.importance)
-        noise = self._weight_noise(enter, leave) + self._activation_noise(enter, activation)
-        return (noise * self.importance).sum() / (self.seen.variance * self.importance).sum()
+        """Return the output noise that its weights and its inputs cause, for log scales of the pairs."""
+        enter = logs[self.before].exp() if self.before is not None else torch.ones_like(self.high)
+        leave = (
+            logs[self.after].exp()
+            if self.after is not None
+            else torch.ones_like(self.weight.flatten(1)[:, 0])
+        )
+        noise = self._weight_noise(enter, leave)
+        return (
+            noise
+            if activation is None or self.before is None
+            else noise + self._input_noise(enter, activation)
+        )
 
     def _weight_noise(self, enter: Tensor, leave: Tensor) -> Tensor:
         if self.slot is None:
-            return torch.zeros_like(leave)
+            return leave.sum() * 0
         spec, granularity = self.slot.spec, self.slot.granularity
-        tail = [1] * (self.weight.dim() - 2)
-        scaled = self.weight * (self.inputs(enter) / leave[:, None]).reshape(*self.energy.shape, *tail)
-        blocks = granularity.to_blocks(scaled)
+        ratio = enter.reshape(self.groups, 1, -1) / leave.reshape(self.groups, -1, 1)
+        ratio = ratio.flatten(0, 1).reshape(*self.weight.shape[:2], *[1] * (self.weight.dim() - 2))
+        blocks = granularity.to_blocks(self.weight * ratio)
         step = 2 * blocks.abs().amax(1, keepdim=True) / (spec.quant_max - spec.quant_min)
-        step = granularity.from_blocks(step.expand(blocks.shape), scaled.shape).flatten(2)
-        power = self.inputs(self.seen.square / enter.square())
-        return (step.square().sum(2) * power).sum(1) / 12 * leave.square()
+        steps = granularity.from_blocks(step.expand(blocks.shape), self.weight.shape)
+        return ((steps / ratio).square() * self.weight_gain).sum() / 12
 
-    def _activation_noise(self, enter: Tensor, spec: QuantSpec | None) -> Tensor:
-        if spec is None:
-            return torch.zeros_like(self.importance)
-        width = (self.seen.high / enter).amax() - (self.seen.low / enter).amin()
+    def _input_noise(self, enter: Tensor, spec: QuantSpec) -> Tensor:
+        width = (self.high / enter).amax() - (self.low / enter).amin()
         step = width / (spec.quant_max - spec.quant_min)
-        return (self.energy * self.inputs(enter.square())).sum(1) * step.square() / 12
+        return (enter.square() * self.input_gain).sum() * step.square() / 12
 
 
 def least_noise(
@@ -90,18 +76,20 @@ def least_noise(
     task: Task,
     recipe: Recipe,
     steps: int = 200,
+    num_samples: int = 32,
     lr: float = 0.05,
 ) -> list[Tensor]:
     """Return for each pair of layers the scales [C] of the channels between them.
 
-    Rounding is taken for independent noise of step^2 / 12; the sum over layers of noise to signal is made
-    least, an output channel counting by the weights that read it.
+    Rounding is taken for independent noise of step^2 / 12 that reaches the output to first order.
     """
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    layers = _layers(model, names, pairs, _observe(model, names, batches, task), recipe)
+    layers = _observe(model, names, batches, task, recipe, num_samples)
+    for number, (first, second) in enumerate(pairs):
+        layers[first].after = layers[second].before = number
     spec = recipe.activation.spec if recipe.activation else None
     with torch.enable_grad():
-        logs = [torch.zeros_like(layers[first].importance).requires_grad_() for first, _ in pairs]
+        logs = [torch.zeros_like(layers[second].high).requires_grad_() for _, second in pairs]
         optimizer = torch.optim.Adam(logs, lr=lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for _ in range(steps):
@@ -112,65 +100,85 @@ def least_noise(
     return [log.detach().exp() for log in logs]
 
 
-def _layers(
-    model: nn.Module,
-    names: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-    seen: Mapping[str, _Seen],
-    recipe: Recipe,
+def _observe(
+    model: nn.Module, names: Sequence[str], batches: Batches, task: Task, recipe: Recipe, num_samples: int
 ) -> dict[str, _Layer]:
-    layers = {}
-    for name in names:
-        module: Any = model.get_submodule(name)
-        slot = recipe.slot(name, Role.WEIGHT)
-        weight = module.weight.detach()
-        groups = getattr(module, "groups", 1)
-        layers[name] = _Layer(weight, groups, slot, seen[name], torch.ones_like(weight.flatten(1)[:, 0]))
-    for number, (first, second) in enumerate(pairs):
-        reader = layers[second]
-        layers[first].after = reader.before = number
-        energy = reader.energy.unflatten(0, (reader.groups, -1)).sum(1)
-        layers[first].importance = energy.flatten()
+    """Return layers with their gains: derivatives of a random sum of the outputs, sample by sample."""
+    modules = {name: model.get_submodule(name) for name in names}
+    layers: dict[str, _Layer] = {}
+    count = 0
+    signs = torch.Generator().manual_seed(0)
+    with _graph(modules) as inputs:
+        for args, kwargs in islice(_samples(batches, task), num_samples):
+            count += 1
+            output = task.compared(model(*args, **kwargs))
+            sign = torch.randint(0, 2, output.shape, generator=signs) * 2.0 - 1
+            total = (output * sign.to(output)).sum()
+            weights = [module._parameters["weight"] for module in modules.values()]
+            grads = torch.autograd.grad(total, [*weights, *(inputs[name] for name in names)])
+            for name, by_weight, by_input in zip(names, grads, grads[len(names) :], strict=False):
+                _note(layers, name, modules[name], recipe, inputs[name].detach(), by_weight, by_input)
+    for layer in layers.values():
+        layer.weight_gain /= count
+        layer.input_gain /= count
     return layers
 
 
-@torch.no_grad()
-def _observe(model: nn.Module, names: Sequence[str], batches: Batches, task: Task) -> dict[str, _Seen]:
-    seen: dict[str, _Seen] = {}
+def _note(
+    layers: dict[str, _Layer],
+    name: str,
+    module: Any,  # noqa: ANN401  # a linear or convolutional layer
+    recipe: Recipe,
+    x: Tensor,
+    by_weight: Tensor,
+    by_input: Tensor,
+) -> None:
+    dim = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+    rows, slopes = (t.transpose(0, dim).flatten(1) for t in (x, by_input))
+    if name not in layers:
+        zero, slot = torch.zeros_like(rows[:, 0]), recipe.slot(name, Role.WEIGHT)
+        weight = module.weight.detach()
+        layers[name] = _Layer(
+            weight, getattr(module, "groups", 1), slot, zero, zero, torch.zeros_like(weight), zero.clone()
+        )
+    layer = layers[name]
+    layer.low, layer.high = layer.low.minimum(rows.amin(1)), layer.high.maximum(rows.amax(1))
+    layer.weight_gain += by_weight.square()
+    layer.input_gain += slopes.square().sum(1)
 
-    def note(name: str) -> Any:  # noqa: ANN401  # a forward hook
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            new = _summary(module, args[0], output)
-            seen[name] = _merged(seen[name], new) if name in seen else new
+
+@contextmanager
+def _graph(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record derivatives by weights and by inputs, which are kept by name."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:  # noqa: ANN401  # a forward hook
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            inputs[name] = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            return (inputs[name], *args[1:])
 
         return hook
 
     with ExitStack() as stack:
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
-        for batch in batches:
-            args, kwargs = task.inputs(batch)
-            model(*args, **kwargs)
-    for one in seen.values():
-        one.square /= one.count * one.output.new_ones(())
-    return seen
+        stack.enter_context(torch.enable_grad())
+        for name, module in modules.items():
+            weight: Any = module._parameters["weight"]
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_()
+            stack.callback(module.register_forward_pre_hook(keep(name)).remove)
+        yield inputs
 
 
-def _summary(module: nn.Module, x: Tensor, y: Tensor) -> _Seen:
-    x, y = (
-        t.reshape(-1, t.shape[-1]).T if isinstance(module, nn.Linear) else t.transpose(0, 1).flatten(1)
-        for t in (x, y)
-    )
-    mean_square = x.square().mean(1) * y.shape[1]  # counted as often as outputs
-    return _Seen(x.amin(1), x.amax(1), mean_square, y.sum(1), y.square().sum(1), y.shape[1])
+def _samples(batches: Batches, task: Task) -> Iterator[tuple[Any, Any]]:
+    """Yield the model's arguments sample by sample."""
+    for batch in batches:
+        call = task.inputs(batch)
+        tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        size = max(len(tensor) for tensor in tensors)
+        for i in range(size):
 
+            def one(leaf: Any, i: int = i, size: int = size) -> Any:  # noqa: ANN401
+                per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+                return leaf[i : i + 1] if per_sample else leaf
 
-def _merged(a: _Seen, b: _Seen) -> _Seen:
-    return _Seen(
-        torch.minimum(a.low, b.low),
-        torch.maximum(a.high, b.high),
-        a.square + b.square,
-        a.output + b.output,
-        a.output_square + b.output_square,
-        a.count + b.count,
-    )
+            yield pytree.tree_map(one, call)

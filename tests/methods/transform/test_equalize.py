@@ -150,3 +150,35 @@ def test_a_result_read_twice_is_left_alone() -> None:
 def test_refuses_an_unknown_objective() -> None:
     with pytest.raises(ValueError, match="noise or ranges"):
         Equalize("x")
+
+
+def test_gains_are_squared_derivatives_of_the_output() -> None:
+    from qpipe_methods.transform._noise import _observe
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    x = torch.randn(20, 3)
+    layers = _observe(net, ["0", "2"], [x], Task(), recipe(PerLayer()), 20)
+    with torch.no_grad():
+        hidden = net[1](net[0](x))
+        second = net[2].weight[0]
+        slopes = second * (hidden > 0)
+    assert torch.allclose(layers["2"].weight_gain[0], hidden.square().mean(0))
+    assert torch.allclose(layers["2"].input_gain, second.square())
+    by_first = (slopes[:, :, None] * x[:, None]).square().mean(0)
+    assert torch.allclose(layers["0"].weight_gain, by_first)
+    assert torch.equal(layers["2"].high, hidden.amax(0))
+
+
+def test_noise_is_the_mean_square_of_what_random_rounding_does() -> None:
+    """Uniform errors of one step, drawn many times, change the output as the sum of gains says."""
+    from qpipe_methods.transform._noise import _observe
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(40, 3)
+    layer = _observe(net, ["2"], [x], Task(), recipe(PerLayer()), 40)["2"]
+    step = 2 * net[2].weight.abs().max() / 254
+    errors = (torch.rand(20_000, 4) - 0.5) * step
+    with torch.no_grad():
+        measured = (errors @ net[1](net[0](x)).T).square().mean()
+    assert layer.noise([], None).item() == pytest.approx(measured.item(), rel=0.03)
