@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,14 @@ _KNOWN_NOISE: tuple[tuple[type[Warning], str], ...] = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out known noise."""
-    with warnings.catch_warnings():
-        for category, message in _KNOWN_NOISE:
-            warnings.filterwarnings("ignore", message, category)
-        yield
+    """Leave out known noise, and which devices Lightning found each time it looks."""
+    lightning = logging.getLogger("pytorch_lightning")
+    level = lightning.level
+    try:
+        lightning.setLevel(max(level, logging.WARNING))
+        with warnings.catch_warnings():
+            for category, message in _KNOWN_NOISE:
+                warnings.filterwarnings("ignore", message, category)
+            yield
+    finally:
+        lightning.setLevel(level)

@@ -14,6 +14,7 @@ from torch import nn
 
 from qpipe.choices import build_recipe, library_config
 from qpipe.nn import edge_quantizers
+from qpipe.noise import quiet
 from qpipe.packing import payload_bytes
 from qpipe.recipe import Recipe, Reference
 from qpipe.record import environment, staged, write_record
@@ -158,10 +159,11 @@ def _as_reference(model: nn.Module) -> Iterator[Reference]:
 def _quiet_trainer() -> Trainer:
     from pytorch_lightning import Trainer
 
-    return Trainer(
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    with quiet():
+        return Trainer(
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
