@@ -41,12 +41,12 @@ class QuantSpec:
     @property
     def quant_min(self) -> int:
         """Least code."""
-        return -(2 ** (self.num_bits - 1)) + int(self.restricted) if self.signed else 0
+        return -(1 << (self.num_bits - 1)) + int(self.restricted) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
         """Largest code."""
-        return 2 ** (self.num_bits - 1) - 1 if self.signed else 2**self.num_bits - 1
+        return (1 << (self.num_bits - int(self.signed))) - 1
 
 
 @dataclass(frozen=True)
