@@ -15,6 +15,8 @@ from qpipe.levels import Points, fit_blocks
 class TernaryQuantizer(Quantizer[Distribution]):
     """Levels -α, 0, α: 0 up to a threshold, α the mean magnitude beyond it.
 
+    finetune=ttq learns a second magnitude, for the negative level; it is kept as extra 'negative'.
+
     Args:
         exact: search the threshold of least squared error, instead of the paper's 0.7 E|x|.
 
@@ -48,8 +50,9 @@ class TernaryQuantizer(Quantizer[Distribution]):
         return torch.sign(x) * (x.abs() > qparams.extra["threshold"])
 
     def dequantize(self, codes: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-        """Return ±scale or 0."""
-        return codes * qparams.scale
+        """Return scale, 0, or what stands below 0: -scale unless another magnitude was learned."""
+        negative = qparams.extra.get("negative", qparams.scale)
+        return codes * torch.where(codes < 0, negative, qparams.scale)
 
     def code_min(self, spec: QuantSpec) -> int:
         """Codes are -1, 0 and 1."""

@@ -23,6 +23,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dsq", {}),
     ("distill", {}),
     ("learned_levels", {"quantizer": "codebook"}),
+    ("ttq", {"quantizer": "ternary", "num_bits": 2}),
     ("qat", {"quantizer": "dorefa"}),
     ("qat", {"quantizer": "apot"}),
 ]
