@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qpipe import Task
 
 log = logging.getLogger("qpipe")
+_FLOATS: WeakKeyDictionary[nn.Module, dict[nn.Module, dict[str, nn.Parameter | None]]] = WeakKeyDictionary()
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -108,10 +110,10 @@ def _walk(
     title: str,
 ) -> None:
     start, done = time.perf_counter(), 0
-    with disabled(model):
+    with _float(model, watched):
         _advance(floats)
     while (module := _advance(quants)) is not None:
-        with disabled(model):
+        with _float(model, watched):
             _advance(floats)
         weight = watched[module]
         name = weight.name.rpartition(":")[0]
@@ -124,6 +126,26 @@ def _walk(
     for module, weight in watched.items():
         if module not in quants[0].visited:
             log.warning("%s: '%s' is not called as a layer and stays as it is", title, weight.name)
+
+
+@contextmanager
+def _float(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Compute what the float model did before the first strategy changed it."""
+    floats = _FLOATS.setdefault(model, {module: _copies(module) for module in modules})
+    now = {module: dict(module._parameters) for module in floats}
+    try:
+        for module, parameters in floats.items():
+            module._parameters.update(parameters)
+        with disabled(model):
+            yield
+    finally:
+        for module, parameters in now.items():
+            module._parameters.update(parameters)
+
+
+def _copies(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    parameters = module._parameters.items()
+    return {name: None if p is None else nn.Parameter(p.detach().clone()) for name, p in parameters}
 
 
 def _advance(walkers: Sequence[_Walker]) -> nn.Module | None:

@@ -112,7 +112,8 @@ def descended(rounded: Tensor, goal: Moments, levels: Levels) -> Tensor:
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 @hookimpl

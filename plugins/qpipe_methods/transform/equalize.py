@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def find_pairs(model: nn.Module, recording: Recording) -> Iterator[Pair]:
             continue
         first, second = modules[call.invocation.path], modules[reader.invocation.path]
         if isinstance(first, nn.Linear) == isinstance(second, nn.Linear):
-            width = first._parameters["weight"].shape[0]  # type: ignore[union-attr]  # a layer has one
+            width = first._parameters["weight"].shape[0]
             yield Pair(call.invocation.path, reader.invocation.path, activation, width)
 
 
@@ -177,19 +178,19 @@ def rescale(model: nn.Module, pair: Pair, scale: Tensor) -> None:
     if (bias := first._parameters["bias"]) is not None:
         bias.div_(scale)
     weight, groups = _weight(second), getattr(second, "groups", 1)
-    grouped = weight.unflatten(0, (groups, -1))
+    grouped = weight.view(groups, -1, *weight.shape[1:])
     grouped.mul_(scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2)))
     if pair.activation is not None:
         _rescale_clip(model, pair.activation, scale, weight.dim() - 2)
 
 
 def _rescale_clip(model: nn.Module, path: str, scale: Tensor, spatial: int) -> None:
-    clip = model.get_submodule(path)
+    clip: Any = model.get_submodule(path)
     scale = scale.reshape(-1, *[1] * spatial)
     if isinstance(clip, ChannelClip):
         low, high = clip.low / scale, clip.high / scale
     else:
-        low, high = clip.min_val / scale, clip.max_val / scale  # type: ignore[operator]  # of Hardtanh, ReLU6
+        low, high = clip.min_val / scale, clip.max_val / scale
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = ChannelClip(low, high).train(clip.training)
 

@@ -101,6 +101,15 @@ class TestWalk:
 
         reconstruct(model, qpipe_data(), Task(), spoil)
 
+    def test_a_second_strategy_aims_at_the_same_float_model(self) -> None:
+        model = prepared()
+        expected = [layer.targets[0] for layer in walked(model)]
+        GPTQ().fit(model, None, qpipe_data(), Task(), None, None)  # type: ignore[arg-type]
+        weight = model.conv.weight.clone()
+        found = [layer.targets[0] for layer in walked(model)]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert torch.equal(model.conv.weight, weight)
+
     def test_names_layers_in_order(self) -> None:
         assert [layer.name for layer in walked(prepared())] == ["conv", "depthwise", "project", "fc"]
 
