@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qpipe.errors import RecipeError
 from qpipe.groups import Option, groups, rank
-from qpipe.overrides import OBJECTS, SEVERAL, chosen_groups, translate, value_path
+from qpipe.overrides import OBJECTS, SEVERAL, chosen_groups, translate, unfold, value_path
 from qpipe.registry import conf_dir, installed_packages, suggest
 
 _REQUIRED = (*OBJECTS, "target", "quantizer", "calibrator", "granularity")
@@ -48,6 +48,7 @@ def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, 
     options = groups() if file is None else {}
     if Plugins.instance().discover(SearchPathPlugin).count(PluginFolders) == 0:
         Plugins.instance().register(PluginFolders)
+    words = unfold(words, options)
     config = _compose(translate(words, options), words, options, file)
     if file is None:
         config["explicit"] = chosen_groups(words, options)

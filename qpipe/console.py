@@ -74,13 +74,13 @@ def edges(report: Report) -> None:
         )
 
 
-def sweep(rows: Sequence[tuple[str, Report | None]], repeats: Sequence[str]) -> None:
-    """Print one line for each job, and the command that repeats each failed one."""
+def sweep(rows: Sequence[tuple[str, Report | None]], failures: Sequence[tuple[str, str]]) -> None:
+    """Print one line for each job, then why each failed one did and the command that repeats it."""
     done = [report for _, report in rows if report is not None]
     columns = list(
         dict.fromkeys((v, name) for report in done for v in report.metrics for name in report.metrics[v])
     )
-    columns = [column for column in columns if _differs(done, *column)][:6]
+    columns = sorted((column for column in columns if _differs(done, *column)), key=_is_fp32)[:6]
     table = [
         (
             words,
@@ -89,8 +89,8 @@ def sweep(rows: Sequence[tuple[str, Report | None]], repeats: Sequence[str]) -> 
         for words, report in rows
     ]
     _table(("job", *(f"{v} {name}" for v, name in columns)), table)
-    for command in repeats:
-        error(f"failed; repeat it with: {command}")
+    for reason, command in failures:
+        error(f"failed: {reason}\n    repeat it with: {command}")
 
 
 def command(words: Iterable[str]) -> str:
@@ -152,6 +152,10 @@ def _slot(config: _Config, slot: _Config | None) -> str:
 
 def _differs(reports: Sequence[Report], variant: str, name: str) -> bool:
     return len({report.metrics.get(variant, {}).get(name) for report in reports}) > 1 or len(reports) == 1
+
+
+def _is_fp32(column: tuple[str, str]) -> bool:
+    return column[0] == "fp32"
 
 
 def _figure(value: float | None) -> str:

@@ -87,25 +87,25 @@ def run_sweep(jobs: Sequence[Sequence[str]], configs: Sequence[_Config], registr
     tracker = None if configs[0]["plan"] else _tracker(configs[0], registry)
     parent = tracker.start_sweep(configs[0]) if tracker else None
     rows: list[tuple[str, Report | None]] = []
-    repeats: list[str] = []
+    failures: list[tuple[str, str]] = []
     status = "killed"
     try:
         for index, (words, config) in enumerate(zip(jobs, configs, strict=True)):
             varied = " ".join(word for word in words if not all(word in job for job in jobs))
             console.notice(f"job {index + 1} of {len(jobs)}: {varied}")
             words = [*(word for word in words if not word.startswith("out=")), f"out={folder / str(index)}"]
-            report = _attempt(words, {**config, "out": str(folder / str(index))}, registry, parent)
-            rows.append((varied, report))
-            if report is None:
-                repeats.append(console.command(words))
+            outcome = _attempt(words, {**config, "out": str(folder / str(index))}, registry, parent)
+            rows.append((varied, None if isinstance(outcome, str) else outcome))
+            if isinstance(outcome, str):
+                failures.append((outcome, console.command(words)))
                 if config["fail_fast"]:
                     break
-        status = "failed" if repeats else "finished"
+        status = "failed" if failures else "finished"
     finally:
         if tracker and parent:
             tracker.finish_sweep(parent, status)
-        console.sweep(rows, repeats)
-    return 4 if repeats else 0
+        console.sweep(rows, failures)
+    return 4 if failures else 0
 
 
 def run_folder(out: str | None) -> Path:
@@ -133,17 +133,18 @@ def _tracker(config: _Config, registry: PluginRegistry) -> Tracker | None:
 
 def _attempt(
     words: Sequence[str], config: _Config, registry: PluginRegistry, parent: str | None
-) -> Report | None:
-    """Run one job of a sweep; a failure is printed and the sweep goes on."""
+) -> Report | str:
+    """Run one job of a sweep; a failure is printed and returned as its reason, and the sweep goes on."""
     try:
         if _has_several_processes(config["trainer"]):
             return _launch(words, config, parent)
         return run_job(config, registry, parent)
     except QpipeError as error:
         console.error(error)
-    except Exception:  # a stranger's model or data may raise anything
+        return str(error)
+    except Exception as error:  # a stranger's model or data may raise anything
         traceback.print_exc()
-    return None
+        return "".join(traceback.format_exception_only(error)).splitlines()[0]
 
 
 def _has_several_processes(trainer: _Config) -> bool:
@@ -153,12 +154,13 @@ def _has_several_processes(trainer: _Config) -> bool:
     )
 
 
-def _launch(words: Sequence[str], config: _Config, parent: str | None) -> Report | None:
+def _launch(words: Sequence[str], config: _Config, parent: str | None) -> Report | str:
     """Run one job as its own command; its figures are read back from its folder."""
     environment = os.environ | ({PARENT: parent} if parent else {})
     command = [sys.executable, "-m", "qpipe", *words]
-    if subprocess.run(command, env=environment, check=False).returncode:  # noqa: S603  # this very program
-        return None
+    code = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603  # this very program
+    if code:
+        return f"its command ended with exit code {code}"
     return _read_report(Path(config["out"]))
 
 

@@ -32,6 +32,11 @@ def expand(words: Sequence[str], multirun: bool) -> list[list[str]]:
     return [list(job) for job in itertools.product(*offers)]
 
 
+def unfold(words: Sequence[str], groups: _Groups) -> list[str]:
+    """Return words, those that give an option with its keys, {name: …, key: …}, written as one word each."""
+    return [plain for word in words for plain in _unfolded(word, groups)]
+
+
 def translate(words: Sequence[str], groups: _Groups) -> list[str]:
     """Return one job's words as Hydra takes them, slots spelt out and options checked.
 
@@ -81,6 +86,20 @@ def _offers(override: Override, word: str, multirun: bool) -> Iterator[str]:
         raise RecipeError(f"'{word}' cannot be enumerated; write the values, or range(start,stop,step)")
     for value in override.sweep_string_iterator():
         yield f"{override.get_key_element()}={value}"
+
+
+def _unfolded(word: str, groups: _Groups) -> Iterator[str]:
+    override = _parse(word)
+    key, value = override.key_or_group, override.value()
+    slot, _, part = key.partition(".")
+    group = part if slot in SLOTS else key
+    if not isinstance(value, dict) or "name" not in value or group not in groups or group in SEVERAL:
+        yield word
+        return
+    where = override.package or key
+    yield _text(replace(override, _value=value.pop("name")))
+    for name, given in value.items():
+        yield _text(replace(override, key_or_group=f"{where}.{name}", package=None, _value=given))
 
 
 def _spelt_out(override: Override, groups: _Groups) -> Override:

@@ -214,8 +214,10 @@ def test_a_sweep_goes_on_after_a_failure_and_says_how_to_repeat_it(
     words = ["-m", "granularity@weight.granularity=token,channel", "out=sweep"]
     assert toyrun(*words) == 4
     captured = capsys.readouterr()
-    assert "failed; repeat it with: python -m qpipe " in captured.err
-    assert "granularity@weight.granularity=token" in captured.err.splitlines()[-1]
+    reason, repeat = captured.err.splitlines()[-2:]
+    assert reason.startswith("qpipe: failed: granularity 'token' cannot serve weights")
+    assert repeat.startswith("    repeat it with: python -m qpipe ")
+    assert "granularity@weight.granularity=token" in repeat
     assert [path.name for path in Path("sweep").iterdir()] == ["1"]
     assert heard(tmp_path)[-1] == ["finish_sweep", "parent", "failed"]
     assert toyrun(*words, "out=other", "fail_fast=true") == 4

@@ -104,7 +104,8 @@ def test_the_groups_a_user_named_are_kept() -> None:
         ("calibrator.steps=4", "'calibrator' (minmax) has no key 'steps'"),
         ("weight.quantizer=kl", "quantizer 'kl' is a preset that chooses the shared calibrator as well"),
         ("weight.calibrator.steps=4", "'weight.calibrator' is not chosen and has no key 'steps'"),
-        ("calibrator={name:mse}", "write calibrator=name and calibrator.key=value"),
+        ("calibrator={steps:3}", "write calibrator=name and calibrator.key=value"),
+        ("calibrator={name:mse,step:3}", "'calibrator' (mse) has no key 'step'; did you mean 'steps'?"),
         ("trainer=null", "no trainer is chosen"),
         ("model=", "no model named ''"),
         ("+foo=3", "the configuration has no key 'foo'"),
@@ -135,6 +136,17 @@ def test_a_sweep_is_the_product_of_what_each_word_offers() -> None:
     assert expand(["transform=[fold_bn],[]"], True) == [["transform=[fold_bn]"], ["transform=[]"]]
     assert expand(["layers=[{match:a,weight:{num_bits:4}}]"], True) == [
         ["layers=[{match:a,weight:{num_bits:4}}]"]
+    ]
+
+
+def test_an_option_is_given_with_its_keys_in_one_word() -> None:
+    words = ["granularity={name:subchannel,group_size:16}", "weight.calibrator={name:mse,steps:50}"]
+    apart = ["granularity=subchannel", "granularity.group_size=16"]
+    apart += ["weight.calibrator=mse", "weight.calibrator.steps=50"]
+    assert compose_config(words) == compose_config(apart)
+    assert expand(["granularity=layer,{name:subchannel,group_size:16}"], True) == [
+        ["granularity=layer"],
+        ["granularity={name:subchannel,group_size:16}"],
     ]
 
 
