@@ -7,7 +7,18 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from qpipe import Extremes, FinetuneStrategy, Learner, QParams, Range, Role, Slot, TrainingStrategy, hookimpl
+from qpipe import (
+    Extremes,
+    FinetuneStrategy,
+    Learner,
+    QParams,
+    Range,
+    Role,
+    Samples,
+    Slot,
+    TrainingStrategy,
+    hookimpl,
+)
 from qpipe.nn import FakeQuant, on_blocks
 from qpipe.training import Training
 
@@ -17,7 +28,8 @@ class QAT(TrainingStrategy):
 
     Args:
         ranges: 'fixed' keeps what calibration found; 'moving' takes weights' extremes anew at each step and
-            activations' by a moving average over batches.
+            activations' by a moving average over batches; levels that are fitted without a range (binary,
+            ternary, codebooks) are fitted anew at each step, those of activations averaged alike.
         momentum: share of the newest batch in the moving average.
         training: see TrainingStrategy.
 
@@ -40,11 +52,12 @@ class QAT(TrainingStrategy):
         self.momentum = momentum
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
-        """Return a moving range where one is asked for and has a meaning."""
-        if self.ranges == "fixed" or not fake_quant.slot.quantizer.uses_range:
+        """Return what moves where it is asked for."""
+        if self.ranges == "fixed":
             return None
-        momentum = 1.0 if fake_quant.slot.spec.role is Role.WEIGHT else self.momentum
-        return MovingRange(fake_quant.slot, fake_quant.qparams(), momentum)
+        slot, start = fake_quant.slot, fake_quant.qparams()
+        momentum = 1.0 if slot.spec.role is Role.WEIGHT else self.momentum
+        return (MovingRange if slot.quantizer.uses_range else MovingFit)(slot, start, momentum)
 
 
 class MovingRange(Learner):
@@ -79,6 +92,39 @@ class MovingRange(Learner):
         """Fit the quantizer to the range as it stands."""
         range_ = Range(self.low, self.high)
         return self.slot.quantizer.fit(Extremes(self.low, self.high), range_, self.slot.spec)
+
+
+class MovingFit(Learner):
+    """Fit levels to a tensor at each step, as a moving average; at momentum 1 to the tensor itself.
+
+    Args:
+        start: parameters until the first batch.
+        momentum: m <- (1 - momentum) m + momentum fit.
+    """
+
+    def __init__(self, slot: Slot, start: QParams, momentum: float) -> None:
+        super().__init__(slot)
+        self.momentum = momentum
+        self.kept = FakeQuant(slot, "fit")  # buffers that move with the model
+        self.kept.set_qparams(start)
+
+    def qparams(self) -> QParams:
+        """Return the levels as they stand."""
+        return self.kept.qparams()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Follow x while training, then round it."""
+        if self.training:
+            with torch.no_grad():
+                self.follow(x)
+        return on_blocks(self.slot, x, self.qparams(), training=self.training)
+
+    def follow(self, x: Tensor) -> None:
+        """Move towards the fit to x."""
+        old = self.qparams()
+        new = self.slot.quantizer.fit(Samples(self.slot.granularity.to_blocks(x)), None, self.slot.spec)
+        extra = {name: value.lerp(new.extra[name], self.momentum) for name, value in old.extra.items()}
+        self.kept.set_qparams(QParams(old.scale.lerp(new.scale, self.momentum), old.zero_point, extra))
 
 
 @hookimpl

@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("learned_levels", {"quantizer": "codebook"}),
     ("ttq", {"quantizer": "ternary", "num_bits": 2}),
     ("qat", {"quantizer": "dorefa"}),
+    ("qat", {"quantizer": "binary", "num_bits": 1}),
     ("qat", {"quantizer": "apot"}),
 ]
 

@@ -7,10 +7,12 @@ import torch
 from qpipe_methods.calibrator.minmax import MinMaxCalibrator
 from qpipe_methods.finetune.qat import QAT, MovingRange
 from qpipe_methods.granularity.layer import PerLayer
+from qpipe_methods.quantizer.binary import BinaryQuantizer
+from qpipe_methods.quantizer.ternary import TernaryQuantizer
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 from torch import nn
 
-from qpipe import QParams, QuantSpec, Role, Slot
+from qpipe import QParams, QuantSpec, Role, Samples, Slot
 from qpipe.nn import FakeQuant
 
 SPEC = QuantSpec(num_bits=8, symmetric=False, signed=False)
@@ -52,13 +54,28 @@ def test_moving_weights_are_ranged_by_themselves() -> None:
     assert x.grad.tolist() == [1, 1, 1]
 
 
-def test_codebooks_have_no_range_to_move() -> None:
-    from qpipe_methods.quantizer.ternary import TernaryQuantizer
+def moving(quantizer: BinaryQuantizer | TernaryQuantizer, num_bits: int, role: Role) -> Any:  # noqa: ANN401
+    fitted = fake_quant(role)
+    slot = Slot(quantizer, MinMaxCalibrator(), PerLayer(), QuantSpec(num_bits=num_bits, role=role))
+    fitted.slot = slot
+    fitted.set_qparams(quantizer.fit(Samples(torch.tensor([[1.0, 3.0]])), None, slot.spec))
+    return QAT(ranges="moving", momentum=0.25).learner(fitted)
 
-    quantizer = fake_quant(Role.WEIGHT)
-    spec = QuantSpec(num_bits=2, role=Role.WEIGHT)
-    quantizer.slot = Slot(TernaryQuantizer(), MinMaxCalibrator(), PerLayer(), spec)
-    assert QAT(ranges="moving").learner(quantizer) is None
+
+def test_levels_without_a_range_are_fitted_anew_to_weights() -> None:
+    learner = moving(TernaryQuantizer(), 2, Role.WEIGHT).train()
+    learner(torch.tensor([4.0, -6.0, 0.1, 0.2]))
+    assert learner.qparams().scale.item() == pytest.approx(5)
+    assert learner.qparams().extra["threshold"].item() == pytest.approx(0.7 * 10.3 / 4)
+
+
+def test_levels_of_activations_follow_by_a_moving_average() -> None:
+    learner = moving(BinaryQuantizer(center=True), 1, Role.ACTIVATION).train()  # 2 ± 1
+    learner(torch.tensor([0.0, 12.0]))  # 6 ± 6
+    assert learner.qparams().extra["offset"].item() == pytest.approx(0.75 * 2 + 0.25 * 6)
+    assert learner.qparams().scale.item() == pytest.approx(0.75 * 1 + 0.25 * 6)
+    learner.eval()(torch.tensor([100.0]))
+    assert learner.qparams().scale.item() == pytest.approx(2.25)
 
 
 def test_unknown_ranges_are_refused() -> None:

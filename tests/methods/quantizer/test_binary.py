@@ -8,7 +8,7 @@ import pytest
 import torch
 from qpipe_methods.quantizer.binary import BinaryQuantizer
 
-from qpipe import QParams, QuantSpec, RecipeError, Samples
+from qpipe import QParams, QuantSpec, RecipeError, Role, Samples
 from qpipe.testing import QuantizerContract
 
 SPEC = QuantSpec(num_bits=1)
@@ -19,6 +19,10 @@ class TestBinary(QuantizerContract):
     spec = QuantSpec(num_bits=1)
     bits = (1,)
     holds_zero = False
+
+
+class TestCenteredBinary(TestBinary):
+    quantizer = BinaryQuantizer(center=True)
 
 
 def test_the_error_is_the_energy_less_n_times_the_squared_scale() -> None:
@@ -45,6 +49,30 @@ def test_codes_are_signs_and_the_gradient_stops_beyond_one() -> None:
     BinaryQuantizer().fake_quantize(x, qparams, SPEC).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 1, 1, 1, 0]]
+
+
+def test_the_gradient_of_weights_is_xnor_nets() -> None:
+    """Section 3.1: dW = g (1/n + α [|W| <= 1])."""
+    x = torch.tensor([[-1.5, -0.5, 0.0, 0.5, 1.5]], requires_grad=True)
+    upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    qparams = QParams(torch.full((1, 1), 0.8), torch.zeros(1, 1))
+    spec = QuantSpec(num_bits=1, role=Role.WEIGHT)
+    (BinaryQuantizer().fake_quantize(x, qparams, spec) * upstream).sum().backward()
+    assert x.grad is not None
+    expected = [1 / 5, 2 * (1 / 5 + 0.8), 3 * (1 / 5 + 0.8), 4 * (1 / 5 + 0.8), 5 / 5]
+    assert x.grad.flatten().tolist() == pytest.approx(expected)
+
+
+def test_centered_levels_tell_apart_what_has_one_sign() -> None:
+    """A uniform distribution on [0, 4]: mean 2, E|x - 2| = 1, error 4²/12 - 1² = 1/3; mask |x - 2| <= 1."""
+    x = ((torch.arange(4000) + 0.5) / 1000).unsqueeze(0).requires_grad_()
+    quantizer = BinaryQuantizer(center=True)
+    y = quantizer.fake_quantize(x, quantizer.fit(Samples(x.detach()), None, SPEC), SPEC)
+    assert y.detach().unique().tolist() == pytest.approx([1, 3], abs=1e-4)
+    assert (y - x).square().mean().item() == pytest.approx(1 / 3, rel=1e-3)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.sum().item() == pytest.approx(2000, abs=2)
 
 
 def test_other_widths_are_refused() -> None:
