@@ -152,7 +152,7 @@ class TrainingStrategy(FinetuneStrategy):
             with ExitStack() as stack:
                 stack.enter_context(quiet())
                 stack.enter_context(_fresh(trainer, self.training["epochs"]))
-                stack.enter_context(_listening(trainer, _Hooks(model, task, learners, self.training)))
+                stack.enter_context(listening(trainer, _Hooks(model, task, learners, self.training)))
                 trainer.fit(loop, datamodule=data, ckpt_path=self.training["resume"])
 
     def _check_fits(self, model: nn.Module, data: LightningDataModule, task: Task) -> None:
@@ -388,7 +388,8 @@ def _fresh(trainer: Trainer, epochs: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(trainer: Trainer, callback: Callback) -> Iterator[None]:
+def listening(trainer: Trainer, callback: Callback) -> Iterator[None]:
+    """Lend the trainer a callback."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
     callbacks.append(callback)
     try:

@@ -1,0 +1,172 @@
+"""Set the least salient weights to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qpipe import DataError, RecipeError, Task, Transform, hookimpl
+from qpipe_methods.pruning import PRUNED, check_budget, check_divides, largest_of_each, largest_share
+
+if TYPE_CHECKING:
+    from qpipe import Recipe
+    from qpipe.task import Batches
+
+_SCOPES = {"magnitude": "layer", "snip": "model", "taylor": "model", "wanda": "row"}
+
+
+class Prune(Transform):
+    """Prune the weights of linear and convolution layers once; the function changes.
+
+    Zero is a level of every uniform quantizer and training keeps zeros, so pruned weights stay pruned. Two
+    numbers n, m keep the n most salient of every m consecutive inputs instead of a share; a layer whose
+    inputs m does not divide is left as it is.
+
+    Args:
+        saliency: 'magnitude' |w|; 'snip' |g w|, g the mean gradient of the loss; 'taylor' the mean of
+            (g w)² over batches; 'wanda' |w| times the norm of its input, one a channel in convolutions.
+        sparsity: share of the weights set to zero.
+        scope: among which the share is taken: a 'row' (one output), a 'layer' or the whole 'model'; None:
+            as the saliency's paper does (magnitude layer, snip and taylor model, wanda row).
+        n: kept of every m; None prunes by share.
+        m: consecutive inputs that share a budget.
+
+    Source: Han et al., 2015, arXiv 1506.02626; SNIP: Lee et al., 2018, arXiv 1810.02340; Taylor:
+    Molchanov et al., 2019, arXiv 1906.10771; Wanda: Sun et al., 2023, arXiv 2306.11695, eq. 1;
+    n of m: Mishra et al., 2021, arXiv 2104.08378.
+    Equation: w = 0 where |w|, |g w|, (g w)² or |w| ‖x‖₂ is among the smallest
+    """
+
+    name = "prune"
+
+    def __init__(
+        self,
+        saliency: Literal["magnitude", "snip", "taylor", "wanda"] = "magnitude",
+        sparsity: float = 0.5,
+        scope: Literal["row", "layer", "model"] | None = None,
+        n: int | None = None,
+        m: int = 4,
+    ) -> None:
+        if saliency not in _SCOPES:
+            raise ValueError(f"saliency is one of {', '.join(_SCOPES)}, not {saliency!r}")
+        if scope not in ("row", "layer", "model", None):
+            raise ValueError(f"scope is row, layer, model or null, not {scope!r}")
+        if scope and n is not None:
+            raise RecipeError(f"transform.prune: n={n} of m={m} has no scope '{scope}'; leave one out")
+        check_budget("transform.prune", sparsity, n, m)
+        self.saliency = saliency
+        self.sparsity = sparsity
+        self.scope = scope or _SCOPES[saliency]
+        self.n = n
+        self.m = m
+
+    def apply(self, model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> None:
+        """Prune in place; magnitude reads no data.
+
+        Raises:
+            RecipeError: the saliency needs a loss and there is none, or m divides no layer.
+            DataError: a gradient is not finite.
+        """
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNED)}
+        if not layers:
+            return
+        if self.n is not None:
+            check_divides("transform.prune", [layer.weight for layer in layers.values()], self.m)
+        scores = self.scores(model, layers, batches, task)
+        for layer, mask in zip(layers.values(), self.masks(scores), strict=True):
+            layer.weight.data.mul_(mask)
+
+    def scores(self, model: nn.Module, layers: dict[str, Any], batches: Batches, task: Task) -> list[Tensor]:
+        """Return how much each weight matters, shaped like the layers' weights."""
+        weights = [layer.weight.detach() for layer in layers.values()]
+        if self.saliency == "magnitude":
+            return [weight.abs() for weight in weights]
+        if self.saliency == "wanda":
+            norms = input_norms(model, list(layers.values()), batches, task)
+            return [w.abs() * norm for w, norm in zip(weights, norms, strict=True)]
+        power = 2 if self.saliency == "taylor" else 1
+        scores = [torch.zeros_like(weight) for weight in weights]
+        for gradients in loss_gradients(
+            model, [f"{name}.weight".lstrip(".") for name in layers], batches, task
+        ):
+            for score, weight, gradient in zip(scores, weights, gradients, strict=True):
+                score += (gradient * weight) ** power
+        return [score.abs() for score in scores]
+
+    def masks(self, scores: list[Tensor]) -> list[Tensor]:
+        """Return 1 where weights [O, I, *] of these scores are kept, 0 elsewhere."""
+        if self.n is not None:
+            return [largest_of_each(score, self.n, self.m) for score in scores]
+        kept = 1 - self.sparsity
+        if self.scope == "row":
+            return [largest_share(score.flatten(1), kept).view_as(score) for score in scores]
+        if self.scope == "layer":
+            return [largest_share(score.flatten(), kept).view_as(score) for score in scores]
+        mask = largest_share(torch.cat([score.flatten() for score in scores]), kept)
+        parts = torch.split(mask, [score.numel() for score in scores])
+        return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
+
+
+def loss_gradients(
+    model: nn.Module, names: list[str], batches: Batches, task: Task
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield, batch by batch, the gradient of the loss by these parameters.
+
+    Raises:
+        RecipeError: the task has no loss.
+        DataError: a gradient is not finite.
+    """
+    if type(task).loss is Task.loss:
+        raise RecipeError(
+            f"transform.prune needs a loss for its gradients, and {type(task).__name__} has none; "
+            "give a task that has one, or use saliency=wanda"
+        )
+    free = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
+    for batch in batches:
+        args, kwargs = task.inputs(batch)
+        with torch.enable_grad():
+            loss = task.loss(torch.func.functional_call(model, free, args, kwargs), batch)
+        gradients = torch.autograd.grad(loss, [*free.values()], allow_unused=True, materialize_grads=True)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise DataError("transform.prune met a gradient that is not finite; check the calibration data")
+        yield gradients
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, layers: list[Any], batches: Batches, task: Task) -> list[Tensor]:
+    """Return ‖x‖₂ of each input over all batches, to multiply each weight: [O or 1, I, *1]."""
+    squares: dict[nn.Module, Tensor] = {}
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0] if isinstance(layer, nn.Linear) else args[0].movedim(-layer.weight.dim() + 1, -1)  # type: ignore[operator]
+        squares[layer] = squares.get(layer, 0) + x.flatten(0, -2).square().sum(0)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        for batch in batches:
+            args, kwargs = task.inputs(batch)
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        _spread(squares[layer].sqrt(), layer) if layer in squares else layer.weight.new_ones(())
+        for layer in layers
+    ]
+
+
+def _spread(norm: Tensor, layer: Any) -> Tensor:  # noqa: ANN401  # linear or convolution
+    """Shape the norms of all inputs [I] like the weights that read them."""
+    weight = layer.weight
+    rows = norm.view(-1, weight.shape[1])  # one for each group of a convolution
+    rows = rows.repeat_interleave(weight.shape[0] // len(rows), 0)
+    return rows.view(*rows.shape, *[1] * (weight.dim() - 2))
+
+
+@hookimpl
+def qpipe_register_transform() -> list[type[Transform]]:
+    """Offer pruning."""
+    return [Prune]
