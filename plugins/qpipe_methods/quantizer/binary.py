@@ -39,7 +39,7 @@ class BinaryQuantizer(Quantizer[Distribution]):
         if spec.num_bits != 1:
             raise RecipeError(
                 f"quantizer 'binary' has 2 levels, not those of {spec.num_bits} bits; "
-                f"set {spec.role.value}.num_bits=1"
+                f"set {spec.role.value}.num_bits=1, or another {spec.role.value}.quantizer"
             )
 
     def fit(self, stats: Distribution, range: Range | None, spec: QuantSpec) -> QParams:

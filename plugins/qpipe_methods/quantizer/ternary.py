@@ -36,7 +36,7 @@ class TernaryQuantizer(Quantizer[Distribution]):
         if spec.num_bits != 2:
             raise RecipeError(
                 f"quantizer 'ternary' has 3 levels, stored in 2 bits, not {spec.num_bits}; "
-                f"set {spec.role.value}.num_bits=2"
+                f"set {spec.role.value}.num_bits=2, or another {spec.role.value}.quantizer"
             )
 
     def fit(self, stats: Distribution, range: Range | None, spec: QuantSpec) -> QParams:
