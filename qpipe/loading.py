@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qpipe.artifact import CODES, FORMAT, MANIFEST, PLAIN, example, read_codes, sha256, state_key
 from qpipe.errors import DataError, QpipeError
-from qpipe.nn import FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
+from qpipe.nn import ChannelClip, FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
 from qpipe.packing import packed_bytes, unpack
 from qpipe.recipe import Recipe, Slot
 from qpipe.registry import PluginRegistry
@@ -78,7 +78,7 @@ def _load_codes(folder: Path, model: nn.Module) -> nn.Module:
     manifest, tensors = read_codes(folder)
     model = model.eval()
     try:
-        _take_structure(model, manifest["identities"], tensors)
+        _take_structure(model, manifest, tensors)
         prepare(model, [example(manifest["call"])], _Example(), _recipe(manifest))
         _check_names(model, manifest)
         _take_floats(model, tensors)
@@ -134,12 +134,14 @@ def _slot(described: Mapping[str, Any], registry: PluginRegistry) -> Slot:
     return Slot(**{kind: registry.create(kind, described[kind]) for kind in kinds}, spec=spec)
 
 
-def _take_structure(model: nn.Module, identities: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Repeat what folding did: a normalization became Identity, its layer may have got a bias."""
+def _take_structure(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Repeat what transforms did: a normalization became Identity, a clip got ranges, a layer a bias."""
     modules = dict(model.named_modules())
-    for name in identities:
+    for name in manifest["identities"]:
         if type(modules[name]) is not nn.Identity:
             model.set_submodule(name, nn.Identity())
+    for name in manifest["clips"]:
+        model.set_submodule(name, ChannelClip(tensors[f"{name}.low"], tensors[f"{name}.high"]))
     for key, value in tensors.items():
         path, _, name = key.rpartition(".")
         if path in modules and modules[path]._parameters.get(name, value) is None:
@@ -192,14 +194,14 @@ def _take_weight(weight: QuantizedWeight, packed: Tensor) -> None:
     slot, qparams = fake_quant.slot, fake_quant.qparams()
     quantizer, spec = slot.quantizer, slot.spec
     blocks, num_bits = slot.granularity.to_blocks(before), quantizer.code_bits(spec)
-    if packed.dtype is not torch.uint8 or packed.numel() != packed_bytes(blocks.numel(), num_bits):
+    shape = (blocks.shape[0], quantizer.num_codes(blocks.shape[1]))
+    num_codes = shape[0] * shape[1]
+    if packed.dtype is not torch.uint8 or packed.numel() != packed_bytes(num_codes, num_bits):
         raise DataError(
-            f"{packed.numel()} bytes hold no {blocks.numel()} codes of {num_bits} bits of '{weight.name}'; "
+            f"{packed.numel()} bytes hold no {num_codes} codes of {num_bits} bits of '{weight.name}'; "
             "give the model it was made from"
         )
-    codes = unpack(packed, num_bits, blocks.numel()).view(blocks.shape).to(
-        torch.float32
-    ) + quantizer.code_min(spec)
+    codes = unpack(packed, num_bits, num_codes).view(shape).to(torch.float32) + quantizer.code_min(spec)
     x = slot.granularity.from_blocks(quantizer.dequantize(codes, qparams, spec), before.shape)
     weight.write(x)
     # levels that rounding moves on (not every codebook is its own nearest) are kept as they were stored

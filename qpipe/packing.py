@@ -80,7 +80,8 @@ def float_rest(model: nn.Module) -> dict[str, Tensor]:
 def _code_bytes(weight: qnn.QuantizedWeight) -> int:
     slot = weight.fake_quant.slot
     blocks = slot.granularity.to_blocks(weight.blocks_input())
-    return packed_bytes(blocks.numel(), slot.quantizer.code_bits(slot.spec))
+    num_codes = blocks.shape[0] * slot.quantizer.num_codes(blocks.shape[1])
+    return packed_bytes(num_codes, slot.quantizer.code_bits(slot.spec))
 
 
 def _identity(fake_quant: qnn.FakeQuant) -> tuple[object, ...]:

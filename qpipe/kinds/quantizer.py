@@ -36,7 +36,7 @@ class Quantizer(ABC, Generic[S_contra]):
 
     @abstractmethod
     def quantize(self, x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-        """Round x to codes: integers, held in x's floating dtype, round half to even."""
+        """Round x to codes [B, num_codes(N)]: integers, held in x's floating dtype, round half to even."""
 
     @abstractmethod
     def dequantize(self, codes: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
@@ -65,6 +65,10 @@ class Quantizer(ABC, Generic[S_contra]):
     def code_bits(self, spec: QuantSpec) -> int:
         """Bits a packed code takes."""
         return spec.num_bits
+
+    def num_codes(self, num_values: int) -> int:
+        """Codes of a block of so many values: one each, unless a code stands for several."""
+        return num_values
 
     def code_min(self, spec: QuantSpec) -> int:
         """Least code: subtracted before packing."""

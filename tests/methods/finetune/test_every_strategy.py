@@ -23,6 +23,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dsq", {}),
     ("distill", {}),
     ("learned_levels", {"quantizer": "codebook"}),
+    ("learned_levels", {"quantizer": {"name": "vector", "dim": 3}, "granularity": "layer"}),
     ("ttq", {"quantizer": "ternary", "num_bits": 2}),
     ("qat", {"quantizer": "dorefa"}),
     ("qat", {"quantizer": "binary", "num_bits": 1}),
