@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qpipe.errors import DataError
-from qpipe.nn import FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
+from qpipe.nn import ChannelClip, FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
 from qpipe.packing import coded_weights, float_rest, pack
 from qpipe.recipe import Recipe, Slot
 
@@ -47,6 +47,7 @@ def write_codes(model: nn.Module, recipe: Recipe, call: tuple[Any, Any], folder:
         "call": _shapes(list(call)),
         "target": asdict(recipe.target),
         "identities": [name for name, module in model.named_modules() if type(module) is nn.Identity],
+        "clips": [name for name, module in model.named_modules() if isinstance(module, ChannelClip)],
         "weights": {state_key(w): _entry(w.fake_quant, slots) for w in weight_quantizers(model)},
         "edges": {edge.name: _entry(edge, slots) for edge in edge_quantizers(model)},
         "slots": slots,

@@ -164,6 +164,26 @@ class Taps:
     calls: Mapping[tuple[str, int], tuple[tuple[_Path, str], ...]] | None = None
 
 
+class ChannelClip(nn.Module):
+    """Clip each channel to its own range: ReLU6 after its channels were scaled.
+
+    Args:
+        low, high: [C, 1, ...], as many dimensions as a sample has.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clip x [B, C, ...]."""
+        return torch.clamp(x, self.low, self.high)
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A parameter that is seen through a quantizer.

@@ -161,3 +161,31 @@ def test_the_trainer_and_task_are_the_users(net: Net, batches: Tensor) -> None:
     assert "agreement_percent" not in report.metrics["simulated"]
     assert report.weights == ()
     assert report.edges != ()
+
+
+class Clipped(nn.Module):
+    """Two layers of very unequal channels with a ReLU6 between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.clip = nn.ReLU6()
+        self.second = nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.first.weight *= torch.logspace(-2, 0, 8).reshape(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.clip(self.first(x))).mean((2, 3))
+
+
+def test_what_a_transform_changed_is_exported_and_loaded_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, images = Clipped(), torch.randn(32, 3, 8, 8)
+    quantized, report = qpipe.quantize(
+        net, images, out=tmp_path / "run", granularity="layer", transform=["fold_bn", "equalize"]
+    )
+    assert [artifact.exporter for artifact in report.artifacts] == ["safetensors", "onnx"]
+    assert "clip.high" in quantized.state_dict()
+    assert report.metrics["onnx"]["sqnr_db"] > 25
+    with torch.no_grad():
+        assert torch.equal(qpipe.load(tmp_path / "run", model=Clipped())(images), quantized(images))

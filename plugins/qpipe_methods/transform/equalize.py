@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qpipe import DataError, Recipe, Task, Transform, hookimpl
 from qpipe.graph import Call, Recording, record
+from qpipe.nn import ChannelClip
 from qpipe.task import Batches
 from qpipe_methods.transform._noise import least_noise
 
@@ -20,26 +21,6 @@ _LAYERS = (nn.Linear, *_CONVOLUTIONS)
 _CLIPPED = (nn.ReLU6, nn.Hardtanh)
 _DEAD = 1e-6  # of the largest range: a channel below it carries nothing
 _BETWEEN = ("pad", "dropout", "identity")
-
-
-class ChannelClip(nn.Module):
-    """Clip each channel to its own range: ReLU6 after its channels were scaled.
-
-    Args:
-        low, high: [C, 1, ...], as many dimensions as a sample has.
-    """
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Clip x [B, C, ...]."""
-        return torch.clamp(x, self.low, self.high)
 
 
 @dataclass(frozen=True)
