@@ -22,6 +22,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ewgs", {}),
     ("dsq", {}),
     ("distill", {}),
+    ("prune", {}),
     ("learned_levels", {"quantizer": "codebook"}),
     ("learned_levels", {"quantizer": {"name": "vector", "dim": 3}, "granularity": "layer"}),
     ("ttq", {"quantizer": "ternary", "num_bits": 2}),
