@@ -135,7 +135,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index [B, M] of the nearest codeword of each vector."""
     size = max(1, _ELEMENTS // (codebook.shape[0] * codebook.shape[1]))
     exact = "donot_use_mm_for_euclid_dist"
-    parts = vectors.split(size, 1)
+    parts = torch.split(vectors, size, 1)
     return torch.cat([torch.cdist(part, codebook, compute_mode=exact).argmin(-1) for part in parts], 1)
 
 
