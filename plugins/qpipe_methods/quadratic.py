@@ -56,7 +56,7 @@ class Moments:
         yy = (weight.to(self.xx).transpose(1, 2) * xy).sum(1)
         return replace(self, xy=xy, yy=yy)
 
-    def float(self) -> Moments:
+    def in_float32(self) -> Moments:
         """Return them in single precision."""
         return Moments(*(value.float() for value in vars(self).values()))
 
@@ -71,7 +71,8 @@ class Moments:
         """Return the real weight of least error, held to weight [G, O, K] by damping (ridge regression)."""
         weight = weight.to(self.xx)
         rest = self.xy - self.xx @ weight.transpose(1, 2)
-        return weight + torch.linalg.solve(self.damped(damping), rest).transpose(1, 2)
+        change: Tensor = torch.linalg.solve(self.damped(damping), rest)
+        return weight + change.transpose(1, 2)
 
 
 def moments(layer: Layer) -> Moments:
@@ -119,12 +120,12 @@ def _rows(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
             yield x.reshape(1, -1, x.shape[-1]).mT, y.reshape(1, -1, y.shape[-1]).mT
             continue
         size = max(1, _CHUNK // max(1, layer.weight[0].numel() * groups * y[0, 0].numel()))
-        for part, target in zip(x.split(size), y.split(size), strict=True):
+        for part, target in zip(torch.split(x, size), torch.split(y, size), strict=True):
             yield _grouped(_unfold(layer.module, part), groups), _grouped(target.flatten(2), groups)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    return x.reshape(len(x), groups, -1, x.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
 def _unfold(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401  # a convolution

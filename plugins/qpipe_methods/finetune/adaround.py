@@ -73,7 +73,7 @@ class AdaRound(LayerwiseStrategy):
         keep(layer, levels, no_worse(rounded.to(aim), nearest, goal), of)
 
     def _learn(self, rounding: Rounding, goal: Moments, unit: float) -> None:
-        goal = goal.float()
+        goal = goal.in_float32()
         optimizer = torch.optim.Adam([rounding.v], lr=self.lr)
         start = int(self.warm_start * self.iterations)
         with torch.enable_grad():

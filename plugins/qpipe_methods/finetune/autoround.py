@@ -59,7 +59,7 @@ class AutoRound(LayerwiseStrategy):
         levels, of = Levels(layer), moments(layer)
         aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge)
         nearest, before = levels.round(aim), layer.fake_quant.qparams()
-        rounded, qparams = self._learn(aim.float(), layer, levels, goal.float())
+        rounded, qparams = self._learn(aim.float(), layer, levels, goal.in_float32())
         if self.ranges:
             layer.fake_quant.set_qparams(qparams)
         if goal.error(rounded).sum() > goal.error(nearest).sum():

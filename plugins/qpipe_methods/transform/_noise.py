@@ -114,7 +114,7 @@ def _observe(
             output = task.compared(model(*args, **kwargs))
             sign = torch.randint(0, 2, output.shape, generator=signs) * 2.0 - 1
             total = (output * sign.to(output)).sum()
-            weights = [module._parameters["weight"] for module in modules.values()]
+            weights = [module.get_parameter("weight") for module in modules.values()]
             grads = torch.autograd.grad(total, [*weights, *(inputs[name] for name in names)])
             for name, by_weight, by_input in zip(names, grads, grads[len(names) :], strict=False):
                 _note(layers, name, modules[name], recipe, inputs[name].detach(), by_weight, by_input)
