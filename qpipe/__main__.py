@@ -61,7 +61,7 @@ def _run(jobs: list[list[str]], configs: list[dict[str, Any]], multirun: bool) -
     registry = PluginRegistry.load_installed()
     for message in registry.notices:
         notice(message)
-    _hush()
+    _set_up_logs()
     if multirun:
         return run_sweep(jobs, configs, registry)
     run_job(configs[0], registry)
@@ -89,8 +89,16 @@ def _code(error: QpipeError) -> int:
     return 2 if isinstance(error, (RecipeError, PluginError)) else 1
 
 
-def _hush() -> None:
-    """Keep Lightning's advice out of the output; its errors stay."""
+def _set_up_logs() -> None:
+    """Say what takes time in plain lines where no bar is drawn; keep Lightning's advice out."""
+    from qpipe.console import is_rank_zero
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("qpipe: %(message)s"))
+    ours = logging.getLogger("qpipe")
+    ours.handlers = [handler]
+    quiet = sys.stderr.isatty() or not is_rank_zero()
+    ours.setLevel(logging.WARNING if quiet else logging.INFO)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
