@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from qpipe.errors import DataError
+from qpipe.errors import DataError, RecipeError
 from qpipe.task import Batches
 
 
@@ -24,8 +24,14 @@ def calibration_batches(data: LightningDataModule, num_samples: int | None) -> B
     several processes each reads every n-th batch: nothing is padded, so nothing is counted twice.
 
     Raises:
+        RecipeError: num_samples is no count.
         DataError: there is nothing to calibrate on.
     """
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise RecipeError(
+            f"data.calibration.num_samples={num_samples} is no count of samples; "
+            "give 1 or more, or null for all"
+        )
     _prepare(data, "fit")
     own = getattr(data, "calibration_dataloader", None)
     source = own() if own is not None else _first_of(data, "train_dataloader", "val_dataloader")
@@ -180,7 +186,7 @@ def _unshuffled(loader: Batches, dataset: Dataset[Any] | None = None) -> Batches
     if isinstance(loader.dataset, IterableDataset):
         return loader
     return DataLoader(
-        dataset or loader.dataset,
+        loader.dataset if dataset is None else dataset,  # an empty one is false, and still the one asked for
         loader.batch_size,
         shuffle=False,
         num_workers=loader.num_workers,

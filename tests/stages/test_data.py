@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from qpipe.errors import DataError
+from qpipe.errors import DataError, RecipeError
 from qpipe.stages import data as stage
 from qpipe.stages.data import as_datamodule, calibration_batches, evaluation_batches
 
@@ -90,10 +90,18 @@ def test_batches_may_be_dicts() -> None:
     assert batch["name"] == "n"
 
 
-@pytest.mark.parametrize(("given", "count"), [([], 5), (VALUES, 0), (DataLoader(VALUES[:0], 4), None)])
+@pytest.mark.parametrize(
+    ("given", "count"), [([], 5), (VALUES[:0].split(4)[:0], 3), (DataLoader(VALUES[:0], 4), None)]
+)
 def test_nothing_to_calibrate_on_is_an_error(given: object, count: int | None) -> None:
     with pytest.raises(DataError, match="calibration set of GivenBatches is empty"):
         calibration_batches(as_datamodule(given), count)
+
+
+@pytest.mark.parametrize("count", [0, -4, "many"])
+def test_a_count_below_one_is_refused(count: Any) -> None:  # noqa: ANN401  # what a user may write
+    with pytest.raises(RecipeError, match=f"num_samples={count} is no count of samples; give 1 or more"):
+        calibration_batches(as_datamodule(DataLoader(VALUES, 4)), count)
 
 
 def test_what_is_no_data_is_an_error() -> None:
