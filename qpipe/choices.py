@@ -34,7 +34,7 @@ def build_recipe(config: _Config, registry: PluginRegistry) -> Recipe:
         weight,
         activation,
         target,
-        tuple(_rule(rule, config, registry) for rule in config.get("layers") or ()),
+        tuple(_rule(rule, config, registry) for rule in _rules(config.get("layers") or ())),
         *(_several(kind, config, registry) for kind in ("transform", "finetune", "evaluator", "exporter")),
     )
     notices += _not_executed(recipe)
@@ -91,6 +91,10 @@ def _slot(config: _Config, role: Role, registry: PluginRegistry, notices: list[s
     chosen = config[role.value]
     if chosen is None:
         return None
+    if not isinstance(chosen, Mapping):
+        raise RecipeError(
+            f"{role.value}={chosen} is no slot; give its keys, {role.value}.num_bits=4, or null"
+        )
     parts = {kind: _part(kind, chosen, config, role, registry, notices) for kind in _SLOT_KINDS}
     spec = _spec({k: v for k, v in chosen.items() if k not in _SLOT_KINDS}, role)
     return _checked(Slot(**parts, spec=spec), role)
@@ -123,6 +127,11 @@ def _cannot_serve(kind: str, part: Any, role: Role, registry: PluginRegistry) ->
 
 
 def _spec(fields: _Config, role: Role) -> QuantSpec:
+    for key, value in fields.items():
+        wanted = type(getattr(QuantSpec, key, None))
+        if wanted in (int, bool) and type(value) is not wanted:
+            kind = "a whole number" if wanted is int else "true or false"
+            raise RecipeError(f"{role.value}.{key}={value} has no meaning; give {kind}")
     try:
         return QuantSpec(role=role, **fields)
     except TypeError:
@@ -149,11 +158,16 @@ def _checked(slot: Slot, role: Role) -> Slot:
     return slot
 
 
+def _rules(layers: Any) -> Sequence[Any]:  # noqa: ANN401
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise RecipeError(f"layers is a list of rules, [{{match: pattern, weight: {{…}}}}], not {layers}")
+    return layers
+
+
 def _rule(rule: _Config, config: _Config, registry: PluginRegistry) -> LayerRule:
-    if "match" not in rule or not set(rule) <= {"match", *Role}:
-        raise RecipeError(
-            f"a layer rule is {{match: pattern, weight: {{…}}, activation: {{…}}}}, not {dict(rule)}"
-        )
+    known = isinstance(rule, Mapping) and set(rule) <= {"match", *Role} and isinstance(rule.get("match"), str)
+    if not known or not all(rule.get(role) is None or isinstance(rule[role], Mapping) for role in Role):
+        raise RecipeError(f"a layer rule is {{match: pattern, weight: {{…}}, activation: {{…}}}}, not {rule}")
     edits = {role: _edit(rule[role.value], role, config, registry) for role in Role if role.value in rule}
     if not edits:
         raise RecipeError(

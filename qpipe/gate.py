@@ -30,6 +30,8 @@ def check_gate(
     name = metric or next(iter(fp32), "")
     found = {variant: row[name] for variant, row in figures.items() if variant != "fp32" and name in row}
     if not found or (max_drop is not None and name not in fp32):
+        if not name:
+            raise RecipeError("the gate has no metric: the float model has none; give gate.metric=…")
         known = ", ".join(dict.fromkeys(key for row in figures.values() for key in row))
         raise RecipeError(f"gate.metric={name} was not measured; measured: {known or 'nothing'}")
     for variant, value in found.items():

@@ -29,3 +29,8 @@ def test_a_metric_nobody_measured_is_a_mistake() -> None:
         check_gate(FIGURES, metric="top5_percent", min=1)
     with pytest.raises(RecipeError, match="sqnr_db"):
         check_gate(FIGURES, metric="sqnr_db", max_drop=1)
+
+
+def test_a_float_model_without_metrics_needs_one_named() -> None:
+    with pytest.raises(RecipeError, match=r"the gate has no metric: .* give gate.metric="):
+        check_gate({"fp32": {}, "simulated": {"sqnr_db": 17.0}}, max_drop=1)

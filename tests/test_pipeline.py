@@ -189,3 +189,21 @@ def test_what_a_transform_changed_is_exported_and_loaded_again(tmp_path: Path) -
     assert report.metrics["onnx"]["sqnr_db"] > 25
     with torch.no_grad():
         assert torch.equal(qpipe.load(tmp_path / "run", model=Clipped())(images), quantized(images))
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"weight": {"num_bits": "four"}}, "weight.num_bits=four has no meaning; give a whole number"),
+        ({"activation": {"signed": "maybe"}}, "activation.signed=maybe has no meaning; give true or false"),
+        ({"weight": 4}, "weight=4 is no slot; give its keys, weight.num_bits=4, or null"),
+        ({"layers": "stem"}, "layers is a list of rules, "),
+        ({"layers": ["stem"]}, "a layer rule is {match: pattern, "),
+        ({"layers": [{"match": "stem", "weight": 4}]}, "a layer rule is {match: pattern, "),
+        ({"layers": [{"match": 3, "weight": None}]}, "a layer rule is {match: pattern, "),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_sentence(choices: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        build_recipe(library_config(choices, exporting=False), PluginRegistry.load_installed())
+    assert said in str(error.value)
