@@ -32,6 +32,7 @@ def run_job(config: _Config, registry: PluginRegistry, parent: str | None = None
     """Do one run, bracketed by its tracker; mistakes in the configuration are found before it starts."""
     from pytorch_lightning import seed_everything
 
+    _check_numbers(config)
     recipe = build_recipe(config, registry)
     folder = run_folder(config["out"])
     seed_everything(config["seed"], workers=True, verbose=False)
@@ -51,6 +52,22 @@ def run_job(config: _Config, registry: PluginRegistry, parent: str | None = None
     console.summary(report, record.where)
     check_gate(report.metrics, **config["gate"])
     return report
+
+
+def _check_numbers(config: _Config) -> None:
+    """Refuse words where a number belongs.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    if type(config["seed"]) is not int:
+        raise RecipeError(f"seed={config['seed']} is no whole number; give one, seed=0")
+    for key in ("max_drop", "min"):
+        value = config["gate"][key]
+        if value is not None and type(value) not in (int, float):
+            raise RecipeError(
+                f"gate.{key}={value} is no number; give one in the metric's unit, gate.{key}=1.0"
+            )
 
 
 class Record:

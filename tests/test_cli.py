@@ -279,6 +279,8 @@ def _broken_weights(folder: Path) -> None:
         (["out=."], 2, "holds something already"),
         (["layers=[{match:nothing,weight:{num_bits:4}}]"], 2, "nothing"),
         (["--config", "no.yaml"], 2, "no.yaml"),
+        (["seed=abc"], 2, "seed=abc is no whole number"),
+        (["gate.max_drop=abc"], 2, "gate.max_drop=abc is no number"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
