@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qpipe import DataError
-from qpipe_onnx._call import Call, tensors
+from qpipe.calls import tensors
 
 _CALL = "qpipe.call"
 
@@ -113,15 +111,3 @@ def executed_nodes(path: Path) -> dict[str, int]:
         session(path, optimized=optimized)
         graph = onnx.load(optimized, load_external_data=False).graph
     return dict(Counter(node.op_type for node in graph.node).most_common())
-
-
-def latencies_ms(modules: Sequence[nn.Module], call: Call, seconds: float = 0.4) -> list[float]:
-    """Return the median time of one call of each module, taken in turns, milliseconds."""
-    times: list[list[float]] = [[] for _ in modules]
-    stop = time.perf_counter() + seconds
-    while len(times[-1]) < 3 or time.perf_counter() < stop:
-        for module, taken in zip(modules, times, strict=True):
-            start = time.perf_counter()
-            module(*call[0], **call[1])
-            taken.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]

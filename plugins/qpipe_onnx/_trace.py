@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from qpipe import RecipeError
-from qpipe_onnx._call import Call, batch_size, batched, two_samples
+from qpipe.calls import Call, batch_size, batched, two_samples
 
 if TYPE_CHECKING:
     import onnx_ir

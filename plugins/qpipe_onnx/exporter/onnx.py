@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
-from qpipe_onnx._agreement import Agreement, step_by_step
-from qpipe_onnx._call import Call, batch_size, moved, some_samples
-from qpipe_onnx._runtime import OnnxRuntimeModule, describe_call, executed_nodes, indexed, latencies_ms
+from qpipe.calls import Call, moved, some_samples
+from qpipe.proof import calls, end_to_end, latencies_ms
+from qpipe_onnx._agreement import step_by_step
+from qpipe_onnx._runtime import OnnxRuntimeModule, describe_call, executed_nodes, indexed
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
@@ -52,7 +52,7 @@ class OnnxExporter(Exporter):
             ProofError: ONNX Runtime disagrees with the simulation.
             RecipeError: the model cannot be translated.
         """
-        call = next(_calls(context), None)
+        call = next(calls(context), None)
         if call is None:
             raise DataError("there is no evaluation sample to prove the ONNX file on; give the data some")
         path = context.folder / _FILE
@@ -64,7 +64,7 @@ class OnnxExporter(Exporter):
             twin = write(graph, path, describe_call([*call[1]], output))
             module = OnnxRuntimeModule(path, [*call[1]], output)
             proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
-            proof |= self._agreement(module, context) | {"nodes": executed_nodes(path)}
+            proof |= end_to_end(module, context, self.samples) | {"nodes": executed_nodes(path)}
             proof |= self._latency(module, twin, call)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         engine = f"onnxruntime {version('onnxruntime')}"
@@ -74,19 +74,6 @@ class OnnxExporter(Exporter):
     def load(cls, path: Path) -> nn.Module | None:
         """Return a module that runs the file in ONNX Runtime."""
         return OnnxRuntimeModule.open(path)
-
-    def _agreement(self, module: nn.Module, context: ExportContext) -> dict[str, Any]:
-        """Compare all of the file with all of the simulation."""
-        outputs: list[tuple[Tensor, Tensor]] = []
-        count = 0
-        for args, kwargs in _calls(context):
-            pair = (module(*args, **kwargs), context.simulation(*args, **kwargs))
-            outputs.append((context.task.compared(pair[0]).cpu(), context.task.compared(pair[1]).cpu()))
-            count += batch_size((args, kwargs))
-            if count >= self.samples:
-                break
-        executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
-        return {"samples": count, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
 
     def _latency(self, module: OnnxRuntimeModule, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
         sample = some_samples(call, 1)
@@ -101,21 +88,6 @@ class OnnxExporter(Exporter):
                 "threads": 1,
                 "batch_size": 1,
             }
-
-
-def _calls(context: ExportContext) -> Iterator[Call]:
-    """Yield the evaluation batches as calls, on the simulation's device."""
-    tensors = (*context.simulation.parameters(), *context.simulation.buffers())
-    device = tensors[0].device if tensors else torch.device("cpu")
-    for batch in context.batches:
-        yield moved(context.task.inputs(batch), device)
-
-
-def _joined(outputs: list[Tensor]) -> Tensor:
-    """Join batches of outputs; sequences of other lengths end to end, when no other dimension varies."""
-    if all(x.shape[1:] == outputs[0].shape[1:] for x in outputs):
-        return torch.cat(outputs)
-    return torch.cat([x.flatten(0, -2) for x in outputs])
 
 
 def _slots(recipe: Recipe) -> Iterator[tuple[Role, Slot]]:

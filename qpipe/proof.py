@@ -1,0 +1,176 @@
+"""How closely an executed file agrees with the simulation, in all and operation by operation.
+
+A deep network amplifies rounding ties: two float kernels of torch itself, on EfficientNet-Lite0 in W8A8,
+agree to 30 dB only and differ in the arg-max of 3 % of the photos. So a bound on the whole says little, and
+every operation is held to one step *given the codes it was given*: the simulation is fed the executed codes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qpipe.calls import Call, batch_size, moved
+from qpipe.conversion import CodedActivation
+from qpipe.errors import ProofError
+
+if TYPE_CHECKING:
+    from qpipe.kinds.exporter import ExportContext
+
+_MAX_STEPS = 1.0
+_MIN_PERCENT = 99.5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What two outputs for the same samples have in common.
+
+    Args:
+        agreement_percent: samples of equal arg-max; None where arg-max means nothing.
+        sqnr_db: power of the simulated output over that of the difference.
+        max_difference_steps, rms_difference_steps: in steps of 1/255 of the simulated output's range.
+    """
+
+    agreement_percent: float | None
+    sqnr_db: float
+    max_difference_steps: float
+    rms_difference_steps: float
+
+    @classmethod
+    def between(cls, executed: Tensor, simulated: Tensor, class_dim: int | None) -> Self:
+        """Compare two outputs of equal shape."""
+        executed, simulated = executed.double(), simulated.double()
+        difference = executed - simulated
+        step = ((simulated.max() - simulated.min()) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        power = difference.square().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        agreement = None
+        if class_dim is not None:
+            agreement = (
+                100 * (executed.argmax(class_dim) == simulated.argmax(class_dim)).double().mean().item()
+            )
+        return cls(
+            agreement,
+            10 * torch.log10(simulated.square().mean() / power).item(),
+            (difference.abs().max() / step).item(),
+            (power.sqrt() / step).item(),
+        )
+
+
+@dataclass
+class StepByStep:
+    """Differences of each edge, in steps of its own quantizer, given equal inputs.
+
+    Args:
+        engine: what executed the file, for messages.
+        advice: what a user may do about an edge that differs.
+    """
+
+    engine: str
+    advice: str = "leave it in floating point (layers=[…])"
+    largest: dict[str, int] = field(default_factory=dict)
+    unequal: int = 0
+    codes: int = 0
+
+    def add(self, name: str, executed: Tensor, simulated: Tensor) -> None:
+        """Compare the codes of one edge."""
+        difference = (executed - simulated).abs()
+        self.largest[name] = max(self.largest.get(name, 0), int(difference.max()))
+        self.unequal += int((difference > 0).sum())
+        self.codes += difference.numel()
+
+    def check(self, output: Agreement) -> None:
+        """Raise ProofError, naming the first edge, where a difference exceeds one step."""
+        for name, steps in self.largest.items():
+            if steps > _MAX_STEPS:
+                raise ProofError(
+                    f"{self.engine} computes edge '{name}' {steps} steps away from the simulation, 1 is "
+                    f"allowed; {self.advice}"
+                )
+        percent = 100.0 if output.agreement_percent is None else output.agreement_percent
+        if output.max_difference_steps > _MAX_STEPS or percent < _MIN_PERCENT:
+            raise ProofError(
+                f"{self.engine}'s output is {output.max_difference_steps:.2f} steps away from the "
+                f"simulation's, {percent:.1f} % of its arg-max agree; 1 step and {_MIN_PERCENT} % are allowed"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        equal = 100 * (1 - self.unequal / self.codes) if self.codes else 100.0
+        return {
+            "edges": len(self.largest),
+            "largest_edge_difference_steps": max(self.largest.values(), default=0),
+            "equal_codes_percent": equal,
+        }
+
+
+@contextmanager
+def forced(converted: nn.Module, codes: Mapping[int, Tensor], result: StepByStep) -> Iterator[None]:
+    """Let every activation quantizer be compared, and answer with the executed codes.
+
+    Args:
+        codes: of the n-th activation quantizer that is executed, from 0; absent where the engine shows none.
+    """
+    turn = iter(range(10**9))
+
+    def force(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        executed = codes.get(next(turn)) if output.is_floating_point() else None
+        if executed is None or not isinstance(module, CodedActivation):
+            return output
+        executed = executed.reshape(output.shape)  # the file pools [B, C, 1, 1] where the model means [B, C]
+        result.add(module.name, executed, torch.round(output / module.scale).int() + module.zero_point)
+        return (executed - module.zero_point).to(output.dtype) * module.scale
+
+    handles = [m.register_forward_hook(force) for m in converted.modules() if isinstance(m, CodedActivation)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def calls(context: ExportContext) -> Iterator[Call]:
+    """Yield the evaluation batches as calls, on the simulation's device."""
+    tensors = (*context.simulation.parameters(), *context.simulation.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    for batch in context.batches:
+        yield moved(context.task.inputs(batch), device)
+
+
+def end_to_end(module: nn.Module, context: ExportContext, samples: int) -> dict[str, Any]:
+    """Compare all of a file with all of the simulation, on as many samples."""
+    outputs: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for args, kwargs in calls(context):
+        pair = (module(*args, **kwargs), context.simulation(*args, **kwargs))
+        outputs.append((context.task.compared(pair[0]).cpu(), context.task.compared(pair[1]).cpu()))
+        count += batch_size((args, kwargs))
+        if count >= samples:
+            break
+    executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
+    return {"samples": count, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """Join batches of outputs; sequences of other lengths end to end, when no other dimension varies."""
+    if all(x.shape[1:] == outputs[0].shape[1:] for x in outputs):
+        return torch.cat(outputs)
+    return torch.cat([x.flatten(0, -2) for x in outputs])
+
+
+def latencies_ms(modules: Sequence[nn.Module], call: Call, seconds: float = 0.4) -> list[float]:
+    """Return the median time of one call of each module, taken in turns, milliseconds."""
+    times: list[list[float]] = [[] for _ in modules]
+    stop = time.perf_counter() + seconds
+    while len(times[-1]) < 3 or time.perf_counter() < stop:
+        for module, taken in zip(modules, times, strict=True):
+            start = time.perf_counter()
+            module(*call[0], **call[1])
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
