@@ -64,7 +64,7 @@ def run(
             metrics,
             *_rows(preparation),
             preparation.skipped,
-            (*recipe.notices, *notices),
+            (*recipe.notices, *notices, *task.notices(metrics)),
             artifacts,
             environment(),
             tables,

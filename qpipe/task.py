@@ -46,3 +46,7 @@ class Task:
     def metrics(self) -> Mapping[str, Metric]:
         """Return fresh metrics, named with their unit, updated with update(output, batch)."""
         return {}
+
+    def notices(self, figures: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
+        """Return what the user should know about the figures, by variant ('fp32', ...) and metric."""
+        return ()

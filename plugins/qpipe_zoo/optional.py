@@ -1,17 +1,21 @@
-"""Packages that come with the extra 'zoo'."""
+"""Packages that come with an extra, 'zoo' or 'llm'."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from qpipe import PluginError
 
 
-def optional(module: str, wanted_by: str) -> ModuleType:
-    """Import a module of the extra 'zoo'.
+def optional(module: str, wanted_by: str, extra: str = "zoo") -> ModuleType:
+    """Import a module of an extra.
 
     Raises:
         PluginError: it is not installed.
@@ -19,7 +23,7 @@ def optional(module: str, wanted_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise missing(error.name or module, wanted_by) from None
+        raise missing(error.name or module, wanted_by, extra) from None
 
 
 def package_folder(package: str, wanted_by: str) -> Path:
@@ -34,6 +38,19 @@ def package_folder(package: str, wanted_by: str) -> Path:
     return Path(spec.origin).parent
 
 
-def missing(package: str, wanted_by: str) -> PluginError:
+def missing(package: str, wanted_by: str, extra: str = "zoo") -> PluginError:
     """Return the error that names the extra."""
-    return PluginError(f"{wanted_by} needs the package '{package}'; pip install 'qpipe-quant[zoo]'")
+    return PluginError(f"{wanted_by} needs the package '{package}'; pip install 'qpipe-quant[{extra}]'")
+
+
+@contextmanager
+def quietly(transformers: Any) -> Iterator[None]:  # noqa: ANN401  # the module
+    """Keep transformers' progress bars and advice off the terminal; errors are raised as ever."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
