@@ -62,10 +62,7 @@ class Moments:
 
     def damped(self, damping: float) -> Tensor:
         """Return xx with a share of its mean diagonal added; an input never seen counts as that mean."""
-        diagonal = self.xx.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(self.xx.dtype).tiny)
-        unseen = diagonal <= 1e-12 * mean
-        return self.xx + torch.diag_embed(damping * mean + torch.where(unseen, mean, 0))
+        return damped(self.xx, damping)
 
     def solution(self, weight: Tensor, damping: float) -> Tensor:
         """Return the real weight of least error, held to weight [G, O, K] by damping (ridge regression)."""
@@ -73,6 +70,14 @@ class Moments:
         rest = self.xy - self.xx @ weight.transpose(1, 2)
         change: Tensor = torch.linalg.solve(self.damped(damping), rest)
         return weight + change.transpose(1, 2)
+
+
+def damped(xx: Tensor, damping: float) -> Tensor:
+    """Return xx [G, K, K] with a share of its mean diagonal added; an unseen input counts as that mean."""
+    diagonal = xx.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(xx.dtype).tiny)
+    unseen = diagonal <= 1e-12 * mean
+    return xx + torch.diag_embed(damping * mean + torch.where(unseen, mean, 0))
 
 
 def moments(layer: Layer) -> Moments:
@@ -122,6 +127,16 @@ def _rows(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
         size = max(1, _CHUNK // max(1, layer.weight[0].numel() * groups * y[0, 0].numel()))
         for part, target in zip(torch.split(x, size), torch.split(y, size), strict=True):
             yield _grouped(_unfold(layer.module, part), groups), _grouped(target.flatten(2), groups)
+
+
+def input_products(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401  # a linear or a convolution layer
+    """Return the sum of x x' over what a layer's weight is multiplied with, [G, K, K] in float64."""
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(1, -1, x.shape[-1])
+        return (rows.mT @ rows).double()
+    size = max(1, _CHUNK // (x[0].numel() * module.weight[0, 0].numel()))
+    parts = (_grouped(_unfold(module, part), module.groups) for part in torch.split(x, size))
+    return torch.stack([(part @ part.mT).double() for part in parts]).sum(0)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

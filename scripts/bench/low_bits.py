@@ -186,11 +186,12 @@ def top1_percent(model: nn.Module, data: Images) -> float:
 
 # what the yardstick quantizes: the inputs and weights of convolutions and linear layers, per tensor
 WORDS: dict[str, Any] = {"target": "generic", "granularity": "layer", "transform": [], "evaluator": []}
+ENDS = {"num_bits": 8, "quantizer": "uniform"}
 LAYERS = [
-    {"match": "{first}", "weight": {"num_bits": 8}},
-    {"match": "{last}", "weight": {"num_bits": 8}},
-    {"match": "{input}", "activation": {"num_bits": 8, "signed": True, "symmetric": True}},
-    {"match": "{features}", "activation": {"num_bits": 8}},
+    {"match": "{first}", "weight": ENDS},
+    {"match": "{last}", "weight": ENDS},
+    {"match": "{input}", "activation": {**ENDS, "signed": True, "symmetric": True}},
+    {"match": "{features}", "activation": ENDS},
 ]
 
 
@@ -205,15 +206,16 @@ def ends_at_8_bits(model: nn.Module, data: Images) -> list[dict[str, Any]]:
 
 def ours(model: nn.Module, data: Images, bits: int, **words: Any) -> nn.Module:  # noqa: ANN401
     """Return a calibrated or trained network of qpipe's."""
-    epochs = words.pop("epochs", 1)
     chosen = {**WORDS, **words}
+    rounds = len(chosen.pop("rounds", [bits]))
+    slots = {"weight": {"restricted": False}, "activation": {"signed": False}}
+    for role, slot in slots.items():
+        chosen[role] = {"num_bits": bits, **slot, **words.get(role, {})}
     quantized, _ = quantize(
         model,
         data,
         task=Classification(),
-        trainer=trainer(epochs),
-        weight={"num_bits": bits, "restricted": False},
-        activation={"num_bits": bits, "signed": False},
+        trainer=trainer(chosen.pop("epochs", 1) // rounds),
         layers=ends_at_8_bits(model, data),
         **chosen,
     )
@@ -245,7 +247,47 @@ ARMS: dict[str, dict[str, Any]] = {  # qpipe's; beside them 'control' and 'yards
     "ewgs": {"finetune": ["ewgs"]},
     "dsq": {"finetune": ["dsq"]},
     "qat_mse": {"calibrator": "mse", "finetune": ["qat"]},
+    "gradual": {"finetune": [{"name": "gradual", "bits": [4]}], "rounds": [4, 2]},
+    "dorefa": {"calibrator": "mse", "weight": {"quantizer": "dorefa"}, "finetune": ["qat"]},
+    "pact_dorefa": {
+        "calibrator": "mse",
+        "weight": {"quantizer": "dorefa"},
+        "finetune": [{"name": "pact", "init": None}],
+    },
 }
+A8 = {"activation": {"num_bits": 8}}  # weights alone have the bits of the row
+MOVING = {"name": "qat", "ranges": "moving"}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "lsq_a8": {**A8, "finetune": ["lsq"]},
+    "qat_a8": {**A8, "calibrator": "mse", "finetune": ["qat"]},
+    "quant_noise_a8": {**A8, "calibrator": "mse", "finetune": [{"name": "quant_noise", "rate": 0.5}]},
+    "codebook_a8": {**A8, "weight": {"quantizer": "codebook"}},
+    "codebook_qat_a8": {**A8, "weight": {"quantizer": "codebook"}, "finetune": [MOVING]},
+    "learned_levels_a8": {**A8, "weight": {"quantizer": "codebook"}, "finetune": ["learned_levels"]},
+}
+TERNARY = {"num_bits": 2, "quantizer": "ternary"}
+BINARY = {"num_bits": 1, "quantizer": "binary", "granularity": "channel"}
+SIGNS = {"num_bits": 1, "quantizer": {"name": "binary", "center": True}}
+VECTOR = {"num_bits": 4, "quantizer": {"name": "vector", "dim": 4}}  # one bit a weight
+OWN: dict[str, dict[str, Any]] = {  # arms that say their bits themselves
+    "twn_a8": {**A8, "weight": TERNARY},
+    "twn_qat_a8": {**A8, "weight": TERNARY, "finetune": [MOVING]},
+    "ttq_a8": {**A8, "weight": TERNARY, "finetune": ["ttq"]},
+    "bwn_qat_a8": {**A8, "weight": BINARY, "finetune": [MOVING]},
+    "w1a1": {"weight": BINARY, "activation": SIGNS, "finetune": [MOVING]},
+    "vector_a8": {**A8, "weight": VECTOR},
+    "vector_noise_a8": {**A8, "weight": VECTOR, "finetune": [{"name": "quant_noise", "rate": 0.5}]},
+    "vector_learned_a8": {**A8, "weight": VECTOR, "finetune": ["learned_levels"]},
+}
+W4A4 = {role: {"num_bits": 4} for role in ("weight", "activation")}
+ONCE = {"name": "prune", "sparsity": 0.8}
+OWN |= {
+    "prune80_once": {**W4A4, "transform": [ONCE], "finetune": ["lsq"]},
+    "prune80_gradually": {**W4A4, "finetune": [ONCE]},
+    "prune_2_of_4_once": {**W4A4, "transform": [{"name": "prune", "n": 2, "m": 4}], "finetune": ["lsq"]},
+    "prune_2_of_4_srste": {**W4A4, "finetune": [{"name": "prune", "n": 2, "m": 4}]},
+}
+ALL = {**ARMS, **WEIGHTS, **OWN}
 
 
 def run_arm(arm: str, start: nn.Module, data: Images, bits: int, epochs: int, seed: int) -> float:
@@ -256,7 +298,7 @@ def run_arm(arm: str, start: nn.Module, data: Images, bits: int, epochs: int, se
     if arm == "yardstick":
         return top1_percent(train(yardstick_model(model, bits), data, epochs, seed), data)
     pl.seed_everything(seed, verbose=False)
-    return top1_percent(ours(model, data, bits, epochs=epochs, **ARMS[arm]), data)
+    return top1_percent(ours(model, data, bits, epochs=epochs, **ALL[arm]), data)
 
 
 def table(task: str, arms: list[str], bits: list[int], seeds: int) -> None:
@@ -269,10 +311,11 @@ def table(task: str, arms: list[str], bits: list[int], seeds: int) -> None:
     size = sum(p.numel() for p in starts[0].parameters())
     print(f"{task}: {size} parameters, {epochs} epochs in fp32, then {extra}; top-1 %, mean ± sd of {seeds}")
     line("fp32", "32", [top1_percent(m, data) for m in starts], 0.0)
-    for arm, width in [(a, b) for a in arms for b in ([32] if a == "control" else bits)]:
+    once = {"control", *OWN}
+    for arm, width in [(a, b) for a in arms for b in ([0] if a in once else bits)]:
         begin = time.process_time()
         figures = [run_arm(arm, m, data, width, extra, seed) for seed, m in enumerate(starts)]
-        line(arm, str(width), figures, time.process_time() - begin)
+        line(arm, str(width or ""), figures, time.process_time() - begin)
 
 
 def line(arm: str, bits: str, figures: list[float], seconds: float) -> None:
@@ -335,7 +378,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="+", default=["digits"], choices=[*TASKS])
-    parser.add_argument("--arms", nargs="+", default=["control", "yardstick", *ARMS])
+    parser.add_argument("--arms", nargs="+", default=["control", "yardstick", *ALL])
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", action="store_true", help="measure the cost of a training step instead")

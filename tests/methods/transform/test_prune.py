@@ -7,7 +7,8 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 from qpipe_methods.pruning import largest_of_each, largest_share
-from qpipe_methods.transform.prune import Prune, input_norms
+from qpipe_methods.quadratic import input_products
+from qpipe_methods.transform.prune import Prune, compensated, input_norms, removal_loss
 from qpipe_zoo.task.classification import Classification
 from torch import Tensor, nn
 
@@ -79,6 +80,67 @@ def test_wanda_weighs_by_the_norm_of_the_input_within_each_row() -> None:
     assert torch.equal(weight, torch.tensor([[0.8, 0.0, 2.0], [0.7, 1.5, 0.0]]))
 
 
+def test_removing_a_weight_costs_what_refitting_the_rest_leaves() -> None:
+    """OBS: for each single weight of 4 rows, a least-squares refit of the others finds the same loss."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(50, 5, generator=generator, dtype=torch.float64)
+        @ torch.randn(5, 5, generator=generator).double()
+    )
+    layer = nn.Linear(5, 4, bias=False).double()
+    wanted = x @ layer.weight.detach().T
+    found = removal_loss(layer, input_products(layer, x))
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        refit = torch.linalg.lstsq(x[:, others], wanted).solution
+        loss = 0.5 * (x[:, others] @ refit - wanted).square().sum(0)
+        assert torch.allclose(found[:, i], loss)
+
+
+def test_two_inputs_by_hand() -> None:
+    """H = [[2, 1], [1, 3]]: w1 = 1 costs 1² · 5 / (2 · 3) and moves w2 by 1/3; w2 = 1 costs 5 / 4."""
+    layer, hessian = linear([[1.0, 1.0]]), torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])
+    assert removal_loss(layer, hessian).tolist() == [pytest.approx([5 / 6, 5 / 4])]
+    kept = compensated(layer.weight.detach(), torch.tensor([[0.0, 1.0]]), hessian)
+    assert kept.tolist() == [[0.0, pytest.approx(4 / 3)]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"sparsity": 0.5}, {"n": 2, "m": 4}, {"sparsity": 0.25, "scope": "row"}]
+)
+def test_what_obs_keeps_is_the_least_squares_fit(arguments: dict[str, Any]) -> None:
+    """Each row of a grouped convolution, by torch.linalg.lstsq on unfolded inputs."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, groups=2, padding=1, bias=False)
+    x = torch.randn(4, 8, 6, 6, generator=generator)
+    dense = conv.weight.detach().clone()
+    Prune("obs", damping=1e-9, **arguments).apply(nn.Sequential(conv), [x], Task(), None)  # type: ignore[arg-type]
+    assert (conv.weight == 0).float().mean() == pytest.approx(arguments.get("sparsity", 0.5), abs=0.02)
+    for o in range(6):
+        columns = nn.functional.unfold(x[:, o // 3 * 4 : o // 3 * 4 + 4], 3, padding=1).mT.reshape(-1, 36)
+        row, kept = conv.weight[o].detach().flatten(), conv.weight[o].flatten() != 0
+        fit = torch.linalg.lstsq(columns[:, kept].double(), (columns @ dense[o].flatten()).double())
+        assert torch.allclose(row[kept].double(), fit.solution, atol=1e-4)
+
+
+def test_obs_errs_less_than_wanda_and_magnitude() -> None:
+    """On correlated inputs, half the weights of a layer, by the squared error of its output."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    start = torch.randn(8, 16, generator=generator)
+    errors = [
+        (x @ (pruned(linear(start.tolist()), [(x, x)], saliency=s) - start).T).square().mean().item()
+        for s in ("obs", "wanda", "magnitude")
+    ]
+    assert errors[0] < 0.8 * min(errors[1:])
+
+
+def test_a_layer_that_is_not_called_is_pruned_by_magnitude() -> None:
+    model = nn.ModuleList([linear([[3.0, 1.0]])])
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    assert pruned(model, [(torch.ones(1, 2), torch.ones(1))], saliency="obs").tolist() == [[3.0, 0.0]]
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolutions_norm_is_that_of_the_channel_it_reads(groups: int) -> None:
     conv = nn.Conv2d(4, 6, 3, groups=groups)
@@ -100,8 +162,8 @@ def test_scopes_take_the_share_among_rows_layers_or_the_model() -> None:
     }
     for scope, masks in wanted.items():
         assert [m.tolist() for m in Prune(scope=scope).masks(scores)] == masks  # type: ignore[arg-type]
-    assert [Prune(s).scope for s in ("magnitude", "snip", "taylor", "wanda")] == [
-        *("layer", "model", "model", "row")
+    assert [Prune(s).scope for s in ("magnitude", "snip", "taylor", "wanda", "obs")] == [
+        *("layer", "model", "model", "row", "layer")
     ]  # type: ignore[arg-type]
 
 
@@ -148,7 +210,9 @@ def test_the_mask_survives_training_and_quantization() -> None:
     assert first.fake_quant.codes(first.blocks_input())[~before].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("arguments", [{"sparsity": 1.5}, {"n": 4, "m": 4}, {"n": 2, "scope": "row"}])
+@pytest.mark.parametrize(
+    "arguments", [{"sparsity": 1.5}, {"n": 4, "m": 4}, {"n": 2, "scope": "row"}, {"damping": 0.0}]
+)
 def test_meaningless_budgets_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"transform\.prune"):
         Prune(**arguments)
