@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print("---\n".join(as_yaml(config) for config in configs), end="")
             return 0
-        return _run(jobs, configs, arguments.multirun)
+        return _run(jobs, configs, arguments)
     except QpipeError as problem:
         error(problem)
         return _code(problem)
@@ -53,17 +53,20 @@ def _compose(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict[
     return jobs, [compose_config(words, arguments.config) for words in jobs]
 
 
-def _run(jobs: list[list[str]], configs: list[dict[str, Any]], multirun: bool) -> int:
+def _run(jobs: list[list[str]], configs: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
     from qpipe.console import notice
-    from qpipe.jobs import run_job, run_sweep
+    from qpipe.jobs import run_job
     from qpipe.registry import PluginRegistry
 
     registry = PluginRegistry.load_installed()
     for message in registry.notices:
         notice(message)
     _set_up_logs()
-    if multirun:
-        return run_sweep(jobs, configs, registry)
+    if arguments.multirun:
+        from qpipe.sweep import run_sweep
+
+        flags = ["--config", str(arguments.config)] if arguments.config else []
+        return run_sweep(jobs, configs, registry, arguments.words, flags)
     run_job(configs[0], registry)
     return 0
 

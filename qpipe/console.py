@@ -7,10 +7,13 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qpipe.sweep import Row
     from qpipe.types import Report
+
 
 _KINDS = ("quantizer", "calibrator", "granularity")
 _SEVERAL = ("transform", "finetune", "evaluator", "exporter")
@@ -74,23 +77,21 @@ def edges(report: Report) -> None:
         )
 
 
-def sweep(rows: Sequence[tuple[str, Report | None]], failures: Sequence[tuple[str, str]]) -> None:
-    """Print one line for each job, then why each failed one did and the command that repeats it."""
-    done = [report for _, report in rows if report is not None]
-    columns = list(
-        dict.fromkeys((v, name) for report in done for v in report.metrics for name in report.metrics[v])
-    )
+def sweep(rows: Sequence[Row], folder: Path | None = None) -> None:
+    """Print one line for each job, where they are, then why each failed one did and what repeats it."""
+    done = [row.metrics for row in rows if row.metrics]
+    columns = list(dict.fromkeys((v, name) for metrics in done for v in metrics for name in metrics[v]))
     columns = sorted((column for column in columns if _differs(done, *column)), key=_is_fp32)[:6]
     table = [
-        (
-            words,
-            *(_figure(report.metrics.get(v, {}).get(name) if report else None) for v, name in columns),
-        )
-        for words, report in rows
+        (row.varied, row.status, *(_figure(row.metrics.get(v, {}).get(name)) for v, name in columns))
+        for row in rows
     ]
-    _table(("job", *(f"{v} {name}" for v, name in columns)), table)
-    for reason, command in failures:
-        error(f"failed: {reason}\n    repeat it with: {command}")
+    _table(("job", "", *(f"{v} {name}" for v, name in columns)), table)
+    if folder:
+        _line(f"sweep folder: {folder}")
+    for row in rows:
+        if row.reason:
+            error(f"{row.status}: {row.reason}\n    repeat it with: {row.command}")
 
 
 def command(words: Iterable[str]) -> str:
@@ -150,8 +151,8 @@ def _slot(config: _Config, slot: _Config | None) -> str:
     return f"{slot['num_bits']} bits {form}{dynamic}, {' '.join(words)}"
 
 
-def _differs(reports: Sequence[Report], variant: str, name: str) -> bool:
-    return len({report.metrics.get(variant, {}).get(name) for report in reports}) > 1 or len(reports) == 1
+def _differs(done: Sequence[Mapping[str, Mapping[str, float]]], variant: str, name: str) -> bool:
+    return len({metrics.get(variant, {}).get(name) for metrics in done}) > 1 or len(done) == 1
 
 
 def _is_fp32(column: tuple[str, str]) -> bool:

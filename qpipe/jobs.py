@@ -1,14 +1,16 @@
-"""One job, or the jobs of a sweep: checked, tracked, run and shown."""
+"""One job: checked, tracked, run and shown."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,42 +18,96 @@ from qpipe import console
 from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
 from qpipe.gate import check_gate
+from qpipe.identity import code_version, data_digest, digest, model_digest, source_digest
 from qpipe.objects import build_data, build_model, build_task, build_trainer
 from qpipe.pipeline import plan, run
 
 if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+    from torch import nn
+
     from qpipe.kinds.tracker import Tracker
     from qpipe.registry import PluginRegistry
+    from qpipe.task import Task
     from qpipe.types import Report
 
+PLACE = ("out", "plan", "fail_fast", "tracker", "cache", "explicit")  # what a result does not depend on
+EARLIER = "the whole run, finished earlier"
 PARENT = "QPIPE_PARENT_RUN"  # tells a job launched as its own command which sweep it belongs to
 _Config = Mapping[str, Any]
 
 
-def run_job(config: _Config, registry: PluginRegistry, parent: str | None = None) -> Report:
-    """Do one run, bracketed by its tracker; mistakes in the configuration are found before it starts."""
-    from pytorch_lightning import seed_everything
+def run_job(
+    config: _Config, registry: PluginRegistry, parent: str | None = None, resume: bool = False
+) -> Report:
+    """Do one run, bracketed by its tracker; mistakes in the configuration are found before it starts.
 
+    Args:
+        resume: where the folder holds this very run already, finished, return its report; where it holds
+            one of other weights or data, replace it.
+    """
     _check_numbers(config)
     recipe = build_recipe(config, registry)
+    if resume and not config["plan"] and (earlier := earlier_run(config, registry, parent)):
+        check_gate(earlier.metrics, **config["gate"])
+        return earlier
     folder = run_folder(config["out"])
-    seed_everything(config["seed"], workers=True, verbose=False)
-    model, data = build_model(config["model"]), build_data(config["data"])
-    task = build_task(config["task"])
+    model, data, task = build(config)
     num_samples = config["data"]["calibration"]["num_samples"]
     console.header(config)
     if config["plan"]:
         report = plan(model, data, task, recipe, num_samples)
         console.summary(report)
         return report
+    name = run_identity(config, model, data, task)
     with tracked(config, registry, parent) as record:
         trainer = build_trainer(config["trainer"], record.logger)
         own_folder = folder if console.is_rank_zero() else None
-        _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config))
+        _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name)
         record.report = report
     console.summary(report, record.where)
     check_gate(report.metrics, **config["gate"])
     return report
+
+
+def run_identity(config: _Config, model: nn.Module, data: object, task: object) -> str:
+    """Name everything a run depends on: what was chosen, the code, the weights, the data."""
+    chosen = {key: value for key, value in config.items() if key not in PLACE}
+    parts = (chosen, code_version(), model_digest(model), data_digest(config["data"], data))
+    return digest(*parts, source_digest(task))
+
+
+def build(config: _Config) -> tuple[nn.Module, LightningDataModule, Task]:
+    """Build what a run works on; the seed decides what is random of it."""
+    from pytorch_lightning import seed_everything
+
+    seed_everything(config["seed"], workers=True, verbose=False)
+    return build_model(config["model"]), build_data(config["data"]), build_task(config["task"])
+
+
+def earlier_run(config: _Config, registry: PluginRegistry, parent: str | None) -> Report | None:
+    """Return the finished run in config's folder if it is this very one; clear the folder of another."""
+    folder = Path(config["out"])
+    if not (folder / "report.json").is_file():
+        return None
+    name = run_identity(config, *build(config))
+    if json.loads((folder / "report.json").read_text()).get("identity") == name:
+        console.notice(f"reused: {EARLIER}, in {folder}")
+        _sync(config, registry, folder, parent)
+        return replace(read_report(folder), reused=(EARLIER,))
+    console.notice(f"{folder} holds a run of other weights or data; it is done again")
+    shutil.rmtree(folder)
+    return None
+
+
+def _sync(config: _Config, registry: PluginRegistry, folder: Path, parent: str | None) -> None:
+    """Record a run whose process may have been killed before its tracker had it."""
+    tracker = make_tracker(config, registry)
+    if tracker and parent:
+        try:
+            tracker.sync(folder, parent)
+        except QpipeError as error:  # the store does not answer, or this tracker cannot
+            console.notice(error)
 
 
 def _check_numbers(config: _Config) -> None:
@@ -82,7 +138,7 @@ class Record:
 @contextmanager
 def tracked(config: _Config, registry: PluginRegistry, parent: str | None) -> Iterator[Record]:
     """Open the run in its tracker and close it as finished, failed or killed."""
-    tracker = _tracker(config, registry)
+    tracker = make_tracker(config, registry)
     record = Record(tracker.start(config, parent or os.environ.get(PARENT)) if tracker else False)
     status = "failed"
     try:
@@ -96,33 +152,6 @@ def tracked(config: _Config, registry: PluginRegistry, parent: str | None) -> It
             record.where = tracker.finish(
                 record.report, record.report.folder if record.report else None, status
             )
-
-
-def run_sweep(jobs: Sequence[Sequence[str]], configs: Sequence[_Config], registry: PluginRegistry) -> int:
-    """Run the jobs one after the other under one parent, each in its own folder; return the exit code."""
-    folder = run_folder(configs[0]["out"])
-    tracker = None if configs[0]["plan"] else _tracker(configs[0], registry)
-    parent = tracker.start_sweep(configs[0]) if tracker else None
-    rows: list[tuple[str, Report | None]] = []
-    failures: list[tuple[str, str]] = []
-    status = "killed"
-    try:
-        for index, (words, config) in enumerate(zip(jobs, configs, strict=True)):
-            varied = " ".join(word for word in words if not all(word in job for job in jobs))
-            console.notice(f"job {index + 1} of {len(jobs)}: {varied}")
-            words = [*(word for word in words if not word.startswith("out=")), f"out={folder / str(index)}"]
-            outcome = _attempt(words, {**config, "out": str(folder / str(index))}, registry, parent)
-            rows.append((varied, None if isinstance(outcome, str) else outcome))
-            if isinstance(outcome, str):
-                failures.append((outcome, console.command(words)))
-                if config["fail_fast"]:
-                    break
-        status = "failed" if failures else "finished"
-    finally:
-        if tracker and parent:
-            tracker.finish_sweep(parent, status)
-        console.sweep(rows, failures)
-    return 4 if failures else 0
 
 
 def run_folder(out: str | None) -> Path:
@@ -141,49 +170,39 @@ def run_folder(out: str | None) -> Path:
     return folder
 
 
-def _tracker(config: _Config, registry: PluginRegistry) -> Tracker | None:
+def make_tracker(config: _Config, registry: PluginRegistry) -> Tracker | None:
+    """Build the tracker that was chosen; only one process has it."""
     if config["tracker"] is None or not console.is_rank_zero():
         return None
     tracker: Tracker = registry.create("tracker", config["tracker"])
     return tracker
 
 
-def _attempt(
-    words: Sequence[str], config: _Config, registry: PluginRegistry, parent: str | None
-) -> Report | str:
-    """Run one job of a sweep; a failure is printed and returned as its reason, and the sweep goes on."""
-    try:
-        if _has_several_processes(config["trainer"]):
-            return _launch(words, config, parent)
-        return run_job(config, registry, parent)
-    except QpipeError as error:
-        console.error(error)
-        return str(error)
-    except Exception as error:  # a stranger's model or data may raise anything
-        traceback.print_exc()
-        return "".join(traceback.format_exception_only(error)).splitlines()[0]
-
-
-def _has_several_processes(trainer: _Config) -> bool:
+def has_several_processes(trainer: _Config) -> bool:
     """Whether Lightning will rerun this very command, which in a sweep would run the sweep again."""
     return any(
         str(trainer.get(key, "1")) not in ("1", "auto") for key in ("strategy", "devices", "num_nodes")
     )
 
 
-def _launch(words: Sequence[str], config: _Config, parent: str | None) -> Report | str:
-    """Run one job as its own command; its figures are read back from its folder."""
+def launch(words: Sequence[str], config: _Config, parent: str | None) -> Report:
+    """Run one job as its own command; its figures are read back from its folder.
+
+    Raises:
+        QpipeError: the command failed.
+    """
     environment = os.environ | ({PARENT: parent} if parent else {})
-    command = [sys.executable, "-m", "qpipe", *words]
+    command = [sys.executable, "-m", "qpipe", *words, f"out={config['out']}"]
     code = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603  # this very program
     if code:
-        return f"its command ended with exit code {code}"
-    return _read_report(Path(config["out"]))
+        raise QpipeError(f"its command ended with exit code {code}")
+    return read_report(Path(config["out"]))
 
 
-def _read_report(folder: Path) -> Report:
-    import json
-
+def read_report(folder: Path) -> Report:
+    """Return the figures of a finished run's folder."""
     from qpipe.types import Report
 
-    return Report(json.loads((folder / "report.json").read_text())["metrics"], folder=folder)
+    stored = json.loads((folder / "report.json").read_text())["metrics"]
+    metrics = {v: {name: float(x) for name, x in figures.items()} for v, figures in stored.items()}
+    return Report(metrics, folder=folder)

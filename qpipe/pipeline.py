@@ -40,6 +40,7 @@ def run(
     folder: Path | None = None,
     num_samples: int = 256,
     config: Mapping[str, Any] | None = None,
+    identity: str = "",
 ) -> tuple[nn.Module, Report]:
     """Quantize a copy of model, prove it and report; each line needs only the lines above it.
 
@@ -47,6 +48,7 @@ def run(
         folder: where the report and the artifacts go, all at once when the run is complete; None: nowhere.
         num_samples: samples of the calibration set that are read.
         config: what the recipe was built from; stored as config.yaml, from which the run can be repeated.
+        identity: of everything the run depends on, for the report.
     """
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
@@ -69,6 +71,7 @@ def run(
             environment(),
             tables,
             folder,
+            identity,
         )
         write_record(report, config, staging)
     return simulation, report

@@ -77,16 +77,23 @@ def write_record(report: Report, config: _Config | None, folder: Path) -> None:
     """Write report.json, and config.yaml from which the run can be repeated."""
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    text = json.dumps(_strict(report_dict(report)), indent=1, default=str, allow_nan=False)
+    text = json.dumps(strict(report_dict(report)), indent=1, default=str, allow_nan=False)
     (folder / "report.json").write_text(text + "\n")
 
 
-def _strict(value: Any) -> Any:  # noqa: ANN401  # a tree of plain values
+def write_aside(path: Path, text: str) -> None:
+    """Write a file at once: whoever is killed or reads meanwhile has the old one or the new one."""
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def strict(value: Any) -> Any:  # noqa: ANN401  # a tree of plain values
     """Write 'inf' and 'nan' as text, which JSON has no numbers for (an exact copy has infinite SQNR)."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -174,6 +174,8 @@ class Report:
         weights: the weights that were quantized, each with its slot's description.
         skipped: what was left in floating point, and why.
         notices: what a user should know: stand-ins, exporters passed over, simulated figures.
+        identity: names everything the run depends on: what was chosen, code, weights, data.
+        reused: what was not computed but taken from an earlier run.
     """
 
     metrics: Mapping[str, Mapping[str, float]]
@@ -185,3 +187,5 @@ class Report:
     environment: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    identity: str = ""
+    reused: tuple[str, ...] = ()

@@ -16,10 +16,95 @@ from qpipe_methods.quantizer.uniform import UniformQuantizer
 from torch import nn
 
 from qpipe import QuantSpec, Recipe, Role, Slot, Target
+from qpipe.__main__ import main
 from qpipe.nn import edge_quantizers, observing
 from qpipe.stages.calibrate import calibrate_weights, fit, needed
 
 Install = Callable[..., Path]
+THINGS = '''
+import os, signal
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 4, **more):
+        super().__init__()
+        self.fc = nn.Linear(3, width)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Signals(Net):
+    """Is told to stop in its third forward pass."""
+
+    calls = 0
+
+    def __init__(self, signal: str = "SIGTERM"):
+        super().__init__()
+        self.signal = signal
+
+    def forward(self, x):
+        Signals.calls += 1
+        if Signals.calls % 3 == 0:
+            os.kill(os.getpid(), getattr(signal, self.signal))
+        return super().forward(x)
+
+
+class Fails(Net):
+    def forward(self, x):
+        raise RuntimeError("this net fails")
+
+
+def batches(count: int = 2):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, generator=generator) for _ in range(count)]
+'''
+TRACKER = '''
+import json
+from pathlib import Path
+from qpipe import Tracker, hookimpl
+
+
+class Toy(Tracker):
+    """Write down what it is told."""
+
+    name = "toy"
+
+    def __init__(self, file):
+        self.file = Path(file)
+
+    def _say(self, *words):
+        with self.file.open("a") as file:
+            file.write(json.dumps(words) + "\\n")
+
+    def start_sweep(self, config, earlier=None):
+        self._say("start_sweep", *([earlier] if earlier else []))
+        return "parent"
+
+    def finish_sweep(self, parent, status):
+        self._say("finish_sweep", parent, status)
+
+    def start(self, config, parent=None):
+        self._say("start", parent)
+        return False
+
+    def finish(self, report, folder, status):
+        written = folder is not None and (folder / "report.json").is_file()
+        self._say("finish", report is not None, written, status)
+        return "look here"
+
+    def sync(self, folder, parent=None):
+        self._say("sync", folder.name, *([parent] if parent else []))
+        return f"recorded {folder.name}"
+
+
+@hookimpl
+def qpipe_register_tracker():
+    return [Toy]
+'''
+SMALL = ["data._target_=toyrun.things.batches", "task._target_=qpipe.Task", "transform=[]", "exporter=[]"]
 
 
 @pytest.fixture
@@ -78,3 +163,24 @@ def calibrate_on() -> Callable[..., None]:
             edge.set_qparams(fit(stats, edge.slot))
 
     return calibrate
+
+
+@pytest.fixture
+def toyrun(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return the command on a toy model, in an empty folder; what its tracker heard is in told.txt."""
+    told = tmp_path / "told.txt"
+    files = {
+        "things.py": THINGS,
+        "tracker/toy.py": TRACKER,
+        "tracker/toy.yaml": f"# A toy.\nname: toy\nfile: {told}\n",
+    }
+    install("toyrun", files)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*words: str, net: str = "Net") -> int:
+        model = [f"model._target_=toyrun.things.{net}"]
+        return main([*model, *SMALL, "evaluator=[size]", "tracker=toy", *words])
+
+    return run

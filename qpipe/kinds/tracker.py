@@ -20,8 +20,12 @@ class Tracker(ABC):
 
     name: ClassVar[str]
 
-    def start_sweep(self, config: Mapping[str, Any]) -> str | None:
-        """Open a parent for a sweep and return its id, which start() of each job receives."""
+    def start_sweep(self, config: Mapping[str, Any], earlier: str | None = None) -> str | None:
+        """Open a parent for a sweep and return its id, which start() of each job receives.
+
+        Args:
+            earlier: the id that this sweep had when it was interrupted: go on with it.
+        """
         return None
 
     def finish_sweep(self, parent: str, status: str) -> None:
@@ -35,8 +39,11 @@ class Tracker(ABC):
     def finish(self, report: Report | None, folder: Path | None, status: str) -> str | None:
         """Record the report, close the run as 'finished', 'failed' or 'killed', return where to look."""
 
-    def sync(self, folder: Path) -> str:
+    def sync(self, folder: Path, parent: str | None = None) -> str:
         """Record a finished run's folder that start() and finish() never reached, once; say where it is.
+
+        Args:
+            parent: of the sweep it belongs to.
 
         Raises:
             RecipeError: this tracker cannot.

@@ -43,9 +43,9 @@ class MLflowTracker(Tracker):
         self.run_id: str | None = None
 
     @quiet()
-    def start_sweep(self, config: Mapping[str, Any]) -> str | None:
-        """Open the parent run of a sweep; None when the store does not answer."""
-        return self._open(config, {"qpipe.sweep": "true"})
+    def start_sweep(self, config: Mapping[str, Any], earlier: str | None = None) -> str | None:
+        """Open the parent run of a sweep, or go on with the earlier one; None: the store does not answer."""
+        return self._reopen(earlier) if earlier else self._open(config, {"qpipe.sweep": "true"})
 
     @quiet()
     def finish_sweep(self, parent: str, status: str) -> None:
@@ -56,8 +56,7 @@ class MLflowTracker(Tracker):
     @quiet()
     def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:
         """Open a run; a store that does not answer is a warning."""
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        if self._open(config, tags) is None:
+        if self._open(config, _child_of(parent)) is None:
             return False
         from qpipe_mlflow._logger import RunLogger
 
@@ -79,7 +78,7 @@ class MLflowTracker(Tracker):
         return self._where()
 
     @quiet()
-    def sync(self, folder: Path) -> str:
+    def sync(self, folder: Path, parent: str | None = None) -> str:
         """Record a finished run's folder, once; return where it is shown.
 
         Raises:
@@ -89,12 +88,12 @@ class MLflowTracker(Tracker):
             raise PluginError(f"{folder} holds no report.json; give the folder of a finished run")
         try:
             self._connect()
-            self._record_once(folder)
+            self._record_once(folder, parent)
         except Exception as error:
             raise PluginError(f"tracking store {self.uri} does not answer: {error}") from None
         return self._where()
 
-    def _record_once(self, folder: Path) -> None:
+    def _record_once(self, folder: Path, parent: str | None) -> None:
         assert self.client is not None  # noqa: S101  # connected just now
         same = f"tags.`{REPORT_TAG}` = '{digest(folder)}'"
         found = self.client.search_runs([self.experiment_id], same, max_results=1)
@@ -103,7 +102,7 @@ class MLflowTracker(Tracker):
             return
         config_file = folder / "config.yaml"
         config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-        self.run_id = found[0].info.run_id if found else self._create(config, {})
+        self.run_id = found[0].info.run_id if found else self._create(config, _child_of(parent))
         log_folder(self.client, self.run_id, folder, self.serve)
         self.client.set_terminated(self.run_id, "FINISHED")
 
@@ -114,6 +113,18 @@ class MLflowTracker(Tracker):
         try:
             self._connect()
             self.run_id = self._create(config, tags)
+        except Exception as error:  # whatever a store raises
+            self._lost(error)
+        return self.run_id
+
+    def _reopen(self, earlier: str) -> str | None:
+        try:
+            self._connect()
+            assert self.client is not None  # noqa: S101  # connected just now
+            reconcile(self.client, self.experiment_id)
+            self.client.set_tag(earlier, PROCESS_TAG, process_tag())
+            self.client.update_run(earlier, "RUNNING")
+            self.run_id = earlier
         except Exception as error:  # whatever a store raises
             self._lost(error)
         return self.run_id
@@ -147,6 +158,10 @@ class MLflowTracker(Tracker):
         if self.uri.startswith(("http://", "https://")):
             return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+def _child_of(parent: str | None) -> dict[str, str]:
+    return {"mlflow.parentRunId": parent} if parent else {}
 
 
 @hookimpl

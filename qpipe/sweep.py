@@ -1,0 +1,291 @@
+"""The jobs of a sweep: each done once, listed in sweep.json and sweep.csv, resumed by the same command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qpipe import console
+from qpipe.errors import GateError, QpipeError, RecipeError
+from qpipe.identity import code_version, digest
+from qpipe.jobs import (
+    EARLIER,
+    PLACE,
+    earlier_run,
+    has_several_processes,
+    launch,
+    make_tracker,
+    read_report,
+    run_folder,
+    run_job,
+)
+from qpipe.record import strict, write_aside
+
+if TYPE_CHECKING:
+    from qpipe.registry import PluginRegistry
+
+FILE, TABLE = "sweep.json", "sweep.csv"
+_Config = Mapping[str, Any]
+_Metrics = Mapping[str, Mapping[str, float]]
+
+
+@dataclass
+class Row:
+    """One job of a sweep, as sweep.json has it.
+
+    Args:
+        overrides: what it was given of each word that varies.
+        words: of its own command, out= left out.
+        status: 'pending', 'finished', 'missed' (a gate; the run is kept) or 'failed'.
+        seconds: from its start to its end, when it was done.
+        reused: whether it was finished before this command.
+        folder: of the run, relative to the sweep's.
+        reason: why it failed.
+        command: repeats it alone, into its place in the sweep.
+    """
+
+    index: int
+    overrides: Mapping[str, Any]
+    words: Sequence[str]
+    folder: str
+    command: str
+    status: str = "pending"
+    seconds: float = 0.0
+    reused: bool = False
+    metrics: _Metrics = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def varied(self) -> str:
+        """Return the words that tell it from the other jobs."""
+        return " ".join(f"{key}={value}" for key, value in self.overrides.items())
+
+
+@dataclass
+class Sweep:
+    """A sweep and its folder; sweep.json and sweep.csv are rewritten after every job.
+
+    Args:
+        id: of what its jobs are and of the code that runs them.
+        parent: the tracker's name for it.
+    """
+
+    folder: Path
+    id: str
+    command: str
+    axes: Mapping[str, Sequence[Any]]
+    rows: Sequence[Row]
+    status: str = "running"
+    parent: str | None = None
+
+    def write(self) -> None:
+        """Write both files, each at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / FILE, json.dumps(strict(self.as_dict()), indent=1, allow_nan=False) + "\n")
+        write_aside(self.folder / TABLE, self.as_csv())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what sweep.json holds."""
+        head = {"format": "qpipe-sweep", "version": 1}
+        own = {key: getattr(self, key) for key in ("id", "command", "status", "parent", "axes")}
+        jobs = [{**vars(row), "words": list(row.words)} for row in self.rows]
+        return {**head, **own, "jobs": jobs, "aggregated": list(over_seeds(self.rows))}
+
+    def as_csv(self) -> str:
+        """Return one line a job: index, what varies, status, seconds, reused, folder, variant.metric."""
+        columns = dict.fromkeys(f"{v}.{m}" for row in self.rows for v in row.metrics for m in row.metrics[v])
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["index", *self.axes, "status", "seconds", "reused", "folder", *columns])
+        for row in self.rows:
+            figures = {f"{v}.{m}": x for v, metrics in row.metrics.items() for m, x in metrics.items()}
+            about = [row.status, f"{row.seconds:.3f}", str(row.reused).lower(), row.folder]
+            varied = [row.overrides[axis] for axis in self.axes]
+            writer.writerow([row.index, *varied, *about, *(figures.get(name, "") for name in columns)])
+        return text.getvalue()
+
+
+def over_seeds(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Yield mean and standard deviation of rows that differ in their seed alone; without seeds, nothing."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "seed" in row.overrides and row.metrics:
+            groups.setdefault(digest(_without_seed(row)), []).append(row)
+    for group in groups.values():
+        figures = {
+            variant: {name: _spread([row.metrics[variant][name] for row in group]) for name in metrics}
+            for variant, metrics in group[0].metrics.items()
+            if all(row.metrics.get(variant, {}).keys() == metrics.keys() for row in group)
+        }
+        jobs = [row.index for row in group]
+        yield {"overrides": _without_seed(group[0]), "jobs": jobs, "metrics": figures}
+
+
+def run_sweep(
+    jobs: Sequence[Sequence[str]],
+    configs: Sequence[_Config],
+    registry: PluginRegistry,
+    typed: Sequence[str] = (),
+    flags: Sequence[str] = (),
+) -> int:
+    """Run the jobs under one parent, each in its own folder; return the exit code.
+
+    A sweep is known by its jobs and the code: the same command again finds its folder and does what is
+    missing. By default the folder's name holds that identity; a folder named by out= is asked for it.
+
+    Args:
+        jobs: the words of each job.
+        typed: the words they were made of.
+        flags: what each job's command begins with, --config and its file.
+
+    Raises:
+        RecipeError: the folder holds something else, or another process runs this sweep.
+    """
+    if configs[0]["plan"]:
+        return _plan(_rows(jobs, flags), configs, registry)
+    rows = _rows(jobs, flags)
+    sweep = _sweep(rows, configs, console.command(["-m", *flags, *typed]))
+    with _only_one(sweep):
+        return _run(sweep, configs, registry)
+
+
+def _run(sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry) -> int:
+    tracker = make_tracker(configs[0], registry)
+    sweep.parent = tracker.start_sweep(configs[0], sweep.parent) if tracker else None
+    bad: list[Row] = []
+    try:
+        sweep.write()
+        for row, config in zip(sweep.rows, configs, strict=True):
+            console.notice(f"job {row.index + 1} of {len(sweep.rows)}: {row.varied}")
+            place = {**config, "out": str(sweep.folder / row.folder)}
+            _attempt(row, place, registry, sweep.parent)
+            sweep.write()
+            if row.status in ("failed", "missed") and config["fail_fast"]:
+                break
+        bad = [row for row in sweep.rows if row.status in ("failed", "missed")]
+        sweep.status = "failed" if bad else "finished"
+    finally:
+        sweep.status = "killed" if sweep.status == "running" else sweep.status
+        sweep.write()
+        if tracker and sweep.parent:
+            tracker.finish_sweep(sweep.parent, sweep.status)
+        console.sweep(sweep.rows, sweep.folder)
+    return 4 if bad else 0
+
+
+def _attempt(row: Row, config: _Config, registry: PluginRegistry, parent: str | None) -> None:
+    """Run one job of a sweep; why it failed is printed and kept in its row, and the sweep goes on."""
+    start = time.perf_counter()
+    try:
+        if has_several_processes(config["trainer"]) and not config["plan"]:
+            report = earlier_run(config, registry, parent) or launch(row.words, config, parent)
+        else:
+            report = run_job(config, registry, parent, resume=True)
+        row.status, row.reused, row.metrics = "finished", EARLIER in report.reused, report.metrics
+    except GateError as error:
+        console.error(error)
+        row.status, row.reason, row.metrics = "missed", str(error), read_report(Path(config["out"])).metrics
+    except QpipeError as error:
+        console.error(error)
+        row.status, row.reason = "failed", str(error)
+    except Exception as error:  # a stranger's model or data may raise anything
+        traceback.print_exc()
+        row.status, row.reason = "failed", "".join(traceback.format_exception_only(error)).splitlines()[0]
+    if not row.reused:
+        row.seconds = time.perf_counter() - start
+
+
+def _plan(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegistry) -> int:
+    for row, config in zip(rows, configs, strict=True):
+        console.notice(f"job {row.index + 1} of {len(rows)}: {row.varied}")
+        _attempt(row, config, registry, None)
+    console.sweep(rows)
+    return 4 if any(row.status == "failed" for row in rows) else 0
+
+
+def _sweep(rows: Sequence[Row], configs: Sequence[_Config], command: str) -> Sweep:
+    """Return the sweep of these jobs, as far as its folder says it was done."""
+    what = [{k: v for k, v in config.items() if k not in PLACE} for config in configs]
+    name = digest(what, code_version())
+    out = configs[0]["out"]
+    folder = Path(out or f"runs/sweep-{name[:12]}").expanduser().absolute()
+    stored = _stored(folder, out)
+    if stored and stored.get("id") != name:
+        raise RecipeError(
+            f"out={out or folder} holds a sweep of other jobs, or of another version of the code; "
+            "choose another folder"
+        )
+    for row in rows:
+        row.command = console.command([*row.words, f"out={folder / row.folder}"])
+    for row, before in zip(rows, stored.get("jobs", ()), strict=False):
+        row.seconds = before["seconds"]
+    axes = {axis: list(dict.fromkeys(row.overrides[axis] for row in rows)) for axis in rows[0].overrides}
+    return Sweep(folder, name, command, axes, rows, parent=stored.get("parent"))
+
+
+def _stored(folder: Path, out: str | None) -> dict[str, Any]:
+    """Return what sweep.json of a folder says, {} for a folder that is empty or not there."""
+    file = folder / FILE
+    if file.is_file():
+        stored: dict[str, Any] = json.loads(file.read_text())
+        return stored
+    run_folder(out or str(folder))
+    return {}
+
+
+def _rows(jobs: Sequence[Sequence[str]], flags: Sequence[str]) -> list[Row]:
+    same = [word for word in jobs[0] if all(word in job for job in jobs)]
+    rows = []
+    for index, words in enumerate(jobs):
+        own = [word for word in words if not word.startswith("out=")]
+        pairs = (word.partition("=") for word in own if word not in same)
+        overrides = {key.lstrip("+"): _value(value) for key, _, value in pairs}
+        rows.append(Row(index, overrides, [*flags, *own], str(index), console.command([*flags, *own])))
+    return rows
+
+
+def _value(text: str) -> Any:  # noqa: ANN401
+    """Return a word's value as plain data; what is no number and no truth value stays as it was typed."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, int, float)) else text
+
+
+def _without_seed(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.overrides.items() if key != "seed"}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+@contextmanager
+def _only_one(sweep: Sweep) -> Iterator[None]:
+    """Keep a second process off the sweep's folder, and clear what a killed one left half done."""
+    from filelock import FileLock, Timeout
+
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(sweep.folder / ".lock", blocking=False):
+            for row in sweep.rows:
+                for half in sweep.folder.glob(f".{row.folder}-*"):
+                    shutil.rmtree(half, ignore_errors=True)
+            yield
+    except Timeout:
+        raise RecipeError(
+            f"another process is running the sweep in {sweep.folder}; wait for it, or choose another out="
+        ) from None
