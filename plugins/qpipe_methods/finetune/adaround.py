@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qpipe import FinetuneStrategy, RecipeError, hookimpl
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
+from qpipe_methods.quadratic import Levels, goal_of, keep, moments, no_worse
 from qpipe_methods.reconstruction import Layer
 
 _GAMMA, _ZETA = -0.1, 1.1
@@ -68,25 +68,20 @@ class AdaRound(LayerwiseStrategy):
         aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge)
         rounding = Rounding(aim.float(), levels)
         nearest = levels.round(aim)
-        self._learn(rounding, goal, float((goal.error(nearest).sum() / nearest.numel()).clamp(min=1e-30)))
+        unit = float((goal.error(nearest).sum() / nearest.numel()).clamp(min=1e-30))
+        self._learn(rounding, aim.float(), goal.xx.float() / unit)
         rounded = rounding.weight((rounding.h() > 0.5).float())
         keep(layer, levels, no_worse(rounded.to(aim), nearest, goal), of)
 
-    def _learn(self, rounding: Rounding, goal: Moments, unit: float) -> None:
-        goal = goal.in_float32()
+    def _learn(self, rounding: Rounding, aim: Tensor, xx: Tensor) -> None:
         optimizer = torch.optim.Adam([rounding.v], lr=self.lr)
         start = int(self.warm_start * self.iterations)
-        with torch.enable_grad():
-            for i in range(self.iterations):
-                h = rounding.h()
-                loss = goal.error(rounding.weight(h)).sum() / unit
-                if i >= start:
-                    progress = (i - start) / max(1, self.iterations - start)
-                    beta = self.beta[0] + (self.beta[1] - self.beta[0]) * progress
-                    loss = loss + self.regularization * regularizer(h, beta)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+        for i in range(self.iterations):
+            progress = (i - start) / max(1, self.iterations - start)
+            beta = self.beta[0] + (self.beta[1] - self.beta[0]) * progress
+            strength = self.regularization if i >= start else 0.0
+            rounding.v.grad = rounding.gradient(aim, xx, strength, beta)
+            optimizer.step()
 
 
 class Rounding:
@@ -102,15 +97,35 @@ class Rounding:
         self.low, self.high = spec.quant_min - zero_point, spec.quant_max - zero_point
         ratio = weight / self.scale
         self.floor = ratio.floor()
-        self.v = inverse_h((ratio - self.floor).clamp(0.001, 0.999)).requires_grad_()
+        self.v = inverse_h((ratio - self.floor).clamp(0.001, 0.999))
 
     def h(self) -> Tensor:
-        """Return the rectified sigmoid, 0 to 1 (eq. 23)."""
-        return (torch.sigmoid(self.v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+        """Return the rectified sigmoid of v, 0 to 1 (eq. 23)."""
+        return rectified(torch.sigmoid(self.v))
 
     def weight(self, h: Tensor) -> Tensor:
         """Return the weight for a choice h."""
         return (self.floor + h).clamp(self.low, self.high) * self.scale
+
+    def gradient(self, aim: Tensor, xx: Tensor, strength: float, beta: float) -> Tensor:
+        """Return the derivative by v of (w - aim) xx (w - aim)' + strength * regularizer(h, beta).
+
+        The error is a quadratic form, so one product gives its derivative; autograd would take two.
+        """
+        sigmoid = torch.sigmoid(self.v)
+        h = rectified(sigmoid)
+        codes = self.floor + h
+        within = (codes >= self.low) & (codes <= self.high)
+        slope = 2 * ((self.weight(h) - aim) @ xx) * self.scale * within
+        if strength:
+            distance = 2 * h - 1
+            slope -= strength * 2 * beta * distance.abs().pow(beta - 1) * distance.sign()
+        return slope * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1)) * (_ZETA - _GAMMA)
+
+
+def rectified(sigmoid: Tensor) -> Tensor:
+    """Stretch a sigmoid and clip it to 0 .. 1 (eq. 23)."""
+    return (sigmoid * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
 def inverse_h(h: Tensor) -> Tensor:

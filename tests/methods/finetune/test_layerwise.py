@@ -346,3 +346,17 @@ class TestAdaRoundEquations:
     def test_regularizer_is_zero_for_choices_alone(self) -> None:
         assert regularizer(torch.tensor([0.0, 1.0]), 2.0) == 0
         assert regularizer(torch.tensor([0.5, 0.0]), 2.0) == 1
+
+    @pytest.mark.parametrize("strength", [0.0, 0.7])
+    def test_gradient_is_that_of_the_loss(self, strength: float) -> None:
+        torch.manual_seed(4)
+        weight, x = torch.randn(3, 12), torch.randn(30, 12)
+        _layer, levels = single(weight, x, weight={"num_bits": 2})
+        rounding = Rounding(1.3 * levels.rows(weight), levels)  # some of it beyond the last code
+        aim, xx = levels.rows(weight), x.T @ x
+        v = rounding.v.clone().requires_grad_()
+        h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
+        gap = rounding.weight(h) - aim
+        loss = ((gap @ xx) * gap).sum() + strength * regularizer(h, 3.0)
+        (expected,) = torch.autograd.grad(loss, v)
+        assert torch.allclose(rounding.gradient(aim, xx, strength, 3.0), expected, rtol=1e-4, atol=1e-4)
