@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from qpipe_zoo.data.digits import Digits
 from qpipe_zoo.data.images import Images
-from qpipe_zoo.data.photos import CALIBRATION, EVALUATION, Photos, read_photo
+from qpipe_zoo.data.photos import CALIBRATION, EVALUATION, IMAGENET, Photos, read_photo
 from qpipe_zoo.data.sentences import Sentences
 from qpipe_zoo.image import normalize, resize, square
 from qpipe_zoo.model.efficientnet_lite0 import conv_bn, efficientnet_lite0
@@ -98,6 +99,21 @@ def test_photos_are_split_by_photo_and_always_the_same() -> None:
     assert x.shape == (3, 64, 64)
     assert -127 / 128 <= x.min() < x.max() <= 1
     assert torch.equal(x, second.datasets["evaluation"][17])
+
+
+@pytest.mark.skipif(find_spec("foolbox") is None, reason="extra 'zoo'")
+def test_photos_of_imagenet_are_what_their_names_say() -> None:
+    data = Photos(size=224, source="imagenet")
+    data.setup()
+    assert len(data.datasets["calibration"].photos) == 20
+    assert len(data.datasets["evaluation"].photos) == 18
+    with torch.inference_mode():
+        squares = [normalize(resize(square(photo), 224)) for photo in data.datasets["calibration"].photos]
+        found = efficientnet_lite0()(torch.stack(squares)).argmax(1).tolist()
+    labels = [int(name.rpartition("_")[2].removesuffix(".jpg")) for name in IMAGENET]
+    assert sum(a == b for a, b in zip(found, labels, strict=True)) >= 17
+    with pytest.raises(ValueError, match="scikit, imagenet"):
+        Photos(source="x")
 
 
 def test_own_pictures(tmp_path: Path) -> None:

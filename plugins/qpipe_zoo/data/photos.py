@@ -1,4 +1,4 @@
-"""Crops of photos that ship with scikit-image and scikit-learn."""
+"""Crops of photos that ship with scikit-image, scikit-learn and foolbox."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ EVALUATION = (
     ),
     *(f"skimage:{name}" for name in ("retina.jpg", "hubble_deep_field.jpg", "moon.png", "color.png")),
 )
-_FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
+_LABELS = (243, 559, 438, 990, 949, 853, 609, 609, 915, 455, 541, 630, 741, 471, 129, 99, 251, 22, 317, 305)
+IMAGENET = tuple(f"foolbox:imagenet_{i:02}_{label}.jpg" for i, label in enumerate(_LABELS))
+SOURCES = {  # those to calibrate on, those to evaluate on
+    "scikit": (CALIBRATION, EVALUATION),
+    "imagenet": (IMAGENET, (*CALIBRATION, *EVALUATION)),
+}
+_FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images"), "foolbox": ("data",)}
 
 
 class Crops(Dataset[Tensor]):
@@ -76,9 +82,11 @@ class Photos(LightningDataModule):
     Args:
         batch_size: crops a batch.
         size: side of a crop.
-        num_calibration: crops to calibrate on, of eight photos.
-        num_evaluation: crops to evaluate on, of ten others.
+        num_calibration: crops to calibrate on.
+        num_evaluation: crops to evaluate on, of other photos.
         num_workers: processes that load.
+        source: 'scikit' calibrates on 8 photos of scikit-image and scikit-learn and evaluates on 10 others;
+            'imagenet' calibrates on the 20 photos of ImageNet that foolbox ships and evaluates on those 18.
     """
 
     def __init__(
@@ -88,21 +96,25 @@ class Photos(LightningDataModule):
         num_calibration: int = 256,
         num_evaluation: int = 256,
         num_workers: int = 0,
+        source: str = "scikit",
     ) -> None:
         super().__init__()
+        if source not in SOURCES:
+            raise ValueError(f"source is one of {', '.join(SOURCES)}, not {source!r}")
         self.batch_size = batch_size
         self.size = size
         self.counts = {"calibration": num_calibration, "evaluation": num_evaluation}
         self.num_workers = num_workers
+        self.source = source
         self.datasets: dict[str, Crops] = {}
 
     def fingerprint(self) -> str:
         """Name the data: the crops never change."""
-        return f"photos-{self.size}-{self.counts['calibration']}-{self.counts['evaluation']}"
+        return f"photos-{self.source}-{self.size}-{self.counts['calibration']}-{self.counts['evaluation']}"
 
     def setup(self, stage: str | None = None) -> None:
         """Read the photos."""
-        parts = {"calibration": CALIBRATION, "evaluation": EVALUATION}
+        parts = dict(zip(("calibration", "evaluation"), SOURCES[self.source], strict=True))
         for seed, (part, names) in enumerate(parts.items()):
             if part not in self.datasets:
                 photos = [read_photo(name) for name in names]
