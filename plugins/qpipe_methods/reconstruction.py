@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("qpipe")
 _FLOATS: WeakKeyDictionary[nn.Module, dict[nn.Module, dict[str, nn.Parameter | None]]] = WeakKeyDictionary()
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Unit:
+    """A module of one or more quantized layers as it is reached.
+
+    Args:
+        name: its path.
+        calls: the arguments the quantized model so far feeds it, those of a batch each.
+        float_calls: the arguments it has in the float model.
+        targets: what the float module returns in the float model.
+    """
+
+    name: str
+    module: nn.Module
+    calls: Sequence[Arguments]
+    float_calls: Sequence[Arguments]
+    targets: Sequence[Any]
 
 
 @dataclass
@@ -69,9 +90,6 @@ def reconstruct(
 ) -> None:
     """Improve every quantized linear and convolutional layer in order of execution, each once.
 
-    Each batch runs through the quantized and through the float model, all of them halted at the same layer;
-    a layer is improved on what the layers before it, already improved, feed it. Nothing is run twice.
-
     Args:
         improve: changes the layer's parameters or qparams in place.
         num_samples: of the calibration set.
@@ -81,19 +99,59 @@ def reconstruct(
         RecipeError: not even one batch fits.
         QpipeError: batches take different ways through the model.
     """
-    watched = {w.module: w for w in weight_quantizers(model) if _is_layer(w)}
+    quantizers = quantized_layers(model)
+
+    def as_layer(unit: Unit) -> None:
+        inputs = [args[0] for args, _ in unit.calls]
+        improve(Layer(unit.name, unit.module, quantizers[unit.module], inputs, unit.targets))
+
+    names = {module: name for name, module in model.named_modules() if module in quantizers}
+    walk(model, data, task, names, as_layer, num_samples=num_samples, memory_gb=memory_gb, title=title)
+
+
+def quantized_layers(model: nn.Module) -> dict[nn.Module, FakeQuant]:
+    """Return the linear and convolutional layers whose weight is quantized, with its quantizer."""
+    return {w.module: w.fake_quant for w in weight_quantizers(model) if _is_layer(w)}
+
+
+def walk(
+    model: nn.Module,
+    data: LightningDataModule,
+    task: Task,
+    units: Mapping[nn.Module, str],
+    improve: Callable[[Unit], None],
+    *,
+    num_samples: int = 128,
+    memory_gb: float = 4.0,
+    title: str = "reconstruct",
+) -> None:
+    """Improve modules of a prepared model in order of execution, each once.
+
+    Each batch runs through the quantized and through the float model, all of them halted at the same module;
+    one is improved on what the modules before it, already improved, feed it. Nothing is run twice.
+
+    Args:
+        units: modules, none inside another, and what they are called.
+        improve: changes the module's parameters or qparams in place.
+        num_samples, memory_gb: as for reconstruct.
+
+    Raises:
+        RecipeError: not even one batch fits.
+        QpipeError: batches take different ways through the model.
+    """
     device = next(model.parameters()).device
     inputs = [task.inputs(_to(batch, device)) for batch in calibration_batches(data, num_samples)]
     was_training = model.training
     with torch.no_grad(), ExitStack() as stack:
         stack.callback(model.train, was_training)
         model.eval()
-        inputs = _fitting(model, inputs, list(watched), memory_gb)
+        layers = list(quantized_layers(model))
+        inputs = _fitting(model, inputs, layers, memory_gb)
         floats, quants = (_start(model, inputs, stack) for _ in range(2))
-        for module in watched:
-            stack.callback(module.register_forward_pre_hook(_arrive).remove)
+        for module in units:
+            stack.callback(module.register_forward_pre_hook(_arrive, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_leave).remove)
-        _walk(model, watched, floats, quants, improve, title)
+        _walk(model, units, floats, quants, improve, title)
 
 
 def _is_layer(weight: QuantizedWeight) -> bool:
@@ -103,29 +161,84 @@ def _is_layer(weight: QuantizedWeight) -> bool:
 
 def _walk(
     model: nn.Module,
-    watched: dict[nn.Module, QuantizedWeight],
+    units: Mapping[nn.Module, str],
     floats: list[_Walker],
     quants: list[_Walker],
-    improve: Callable[[Layer], None],
+    improve: Callable[[Unit], None],
     title: str,
 ) -> None:
     start, done = time.perf_counter(), 0
-    with _float(model, watched):
+    layers = list(quantized_layers(model))
+    with _float(model, layers):
         _advance(floats)
     while (module := _advance(quants)) is not None:
-        with _float(model, watched):
+        calls, float_calls = [w.call_at for w in quants], [w.call_at for w in floats]
+        with _float(model, layers):
             _advance(floats)
-        weight = watched[module]
-        name = weight.name.rpartition(":")[0]
-        inputs, targets = [w.input for w in quants], [w.left(module) for w in floats]
-        improve(Layer(name, module, weight.fake_quant, inputs, targets))
+        improve(Unit(units[module], module, calls, float_calls, [w.left(module) for w in floats]))
         done += 1
         spent = time.perf_counter() - start
-        left = spent / done * (len(watched) - done)
-        log.info("%s: %s (%d of %d), %.0f s, about %.0f s left", title, name, done, len(watched), spent, left)
-    for module, weight in watched.items():
+        left = spent / done * (len(units) - done)
+        log.info(
+            "%s: %s (%d of %d), %.0f s, about %.0f s left",
+            title,
+            units[module],
+            done,
+            len(units),
+            spent,
+            left,
+        )
+    for module, name in units.items():
         if module not in quants[0].visited:
-            log.warning("%s: '%s' is not called as a layer and stays as it is", title, weight.name)
+            log.warning("%s: '%s' is not called as a layer and stays as it is", title, name)
+
+
+def float_parameter(model: nn.Module, module: nn.Module, name: str) -> Tensor:
+    """Return a parameter as it was before the first strategy changed it."""
+    now = parameter(module, name)
+    before = _FLOATS.get(model, {}).get(module, {}).get(name)
+    return now if before is None else before.detach()
+
+
+def sensitivity(
+    model: nn.Module,
+    data: LightningDataModule,
+    task: Task,
+    units: Iterable[nn.Module],
+    num_samples: int,
+) -> dict[nn.Module, list[Tensor]]:
+    """Return how much the float network's output error grows with that of each unit's output.
+
+    It is the diagonal of J'J, J the derivative of the network's output by the unit's, by one random sign
+    vector a sample (Hutchinson): for each unit a tensor a batch, the mean over its samples, and that of all
+    elements 1.
+
+    Source: Li et al., 2021, arXiv 2102.05426, eq. 9, for the squared error of the output in the task's place.
+    """
+    found: dict[nn.Module, list[Tensor]] = {unit: [] for unit in units}
+    signs = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    with _float(model, list(quantized_layers(model))), torch.enable_grad(), ExitStack() as stack:
+        seen: dict[nn.Module, Tensor] = {}
+        for unit in found:
+            stack.callback(unit.register_forward_hook(_keeping(seen)).remove)
+        for batch in calibration_batches(data, num_samples):
+            args, kwargs = task.inputs(_to(batch, device))
+            output = task.compared(model(*args, **kwargs))
+            sign = torch.randint(0, 2, output.shape, generator=signs).to(output) * 2 - 1
+            grads = torch.autograd.grad((output * sign).sum(), [*seen.values()])
+            for unit, grad in zip(seen, grads, strict=True):
+                square = grad.square().mean(0, keepdim=True)
+                found[unit].append(square / square.mean().clamp(min=1e-30))
+            seen.clear()
+    return found
+
+
+def _keeping(seen: dict[nn.Module, Tensor]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        seen[module] = next(x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor))
+
+    return keep
 
 
 @contextmanager
@@ -175,10 +288,11 @@ class _Walker(threading.Thread):
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(daemon=True)
         self.model, self.call = model, (args, kwargs)
+        self.call_at: Arguments = ((), {})
         self.go, self.halted = threading.Semaphore(0), threading.Semaphore(0)
         self.visited: set[nn.Module] = set()
         self.at: nn.Module | None = None
-        self.input = self.output = torch.empty(0)
+        self.output: Any = None
         self.output_of: nn.Module | None = None
         self.error: BaseException | None = None
         self.stopping = False
@@ -193,7 +307,7 @@ class _Walker(threading.Thread):
             pass
         except BaseException as error:  # raised again where advance() was called
             self.error = error
-        self.at, self.input = None, torch.empty(0)
+        self.at, self.call_at = None, ((), {})
         self.halted.release()
 
     def advance(self) -> nn.Module | None:
@@ -208,22 +322,22 @@ class _Walker(threading.Thread):
             raise self.error
         return self.at
 
-    def arrive(self, module: nn.Module, x: Tensor) -> None:
-        """Halt before a layer, the first time it is reached."""
+    def arrive(self, module: nn.Module, call: Arguments) -> None:
+        """Halt before a module, the first time it is reached."""
         if module in self.visited:
             return
         self.visited.add(module)
-        self.at, self.input = module, x
+        self.at, self.call_at = module, call
         self.halted.release()
         self.go.acquire()
         if self.stopping:
             raise _Stopped
 
-    def left(self, module: nn.Module) -> Tensor:
-        """Return what the layer gave that was left last, and let go of it."""
+    def left(self, module: nn.Module) -> Any:  # noqa: ANN401  # whatever the module returns
+        """Return what the module gave that was left last, and let go of it."""
         if self.output_of is not module:
             raise QpipeError("the float and the quantized model take different ways through the layers")
-        output, self.output = self.output, torch.empty(0)
+        output, self.output = self.output, None
         return output
 
     def stop(self) -> None:
@@ -234,13 +348,13 @@ class _Walker(threading.Thread):
             self.join()
 
 
-def _arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _arrive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     walker = threading.current_thread()
     if isinstance(walker, _Walker):
-        walker.arrive(module, args[0])
+        walker.arrive(module, (args, kwargs))
 
 
-def _leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
     walker = threading.current_thread()
     if isinstance(walker, _Walker) and walker.at is module:
         walker.output, walker.output_of = output, module
