@@ -106,8 +106,16 @@ class BRECQ(FinetuneStrategy):
         def improve(unit: Unit) -> None:
             self._improve(model, unit, weights.get(unit.module))
 
-        limits = {"num_samples": self.num_samples, "memory_gb": self.memory_gb}
-        walk(model, data, task, units, improve, title=self.name, **limits)
+        walk(
+            model,
+            data,
+            task,
+            units,
+            improve,
+            num_samples=self.num_samples,
+            memory_gb=self.memory_gb,
+            title=self.name,
+        )
 
     def _improve(self, model: nn.Module, unit: Unit, fisher: Sequence[Tensor] | None) -> None:
         before = _error(unit, fisher)
