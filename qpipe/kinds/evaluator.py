@@ -51,5 +51,9 @@ class Evaluator(ABC):
         return {}
 
     def tables(self, subject: Subject) -> Mapping[str, Any]:
-        """Rows for report.json that are more than a number (SQNR by edge)."""
+        """Return what is more than a number (SQNR by edge), for report.json, the run's page and CSV files.
+
+        A list of mappings is a table, or where its rows have 'counts' a set of histograms; the first column
+        with a unit is drawn as bars. 'title' and 'about' head them; one sentence, 'finding', opens the page.
+        """
         return {}

@@ -38,7 +38,11 @@ class EdgeSQNREvaluator(Evaluator):
             for batch in islice(subject.batches, self.num_batches):
                 _compare(subject, batch, sums)
         rows = [{"edge": edge.name, "sqnr_db": sqnr_db(*both.tolist())} for edge, both in sums.items()]
-        return {"edges": sorted(rows, key=lambda row: float(row["sqnr_db"]))}
+        return {
+            "title": "Edges, worst first",
+            "about": "Signal over noise at each quantized activation, with all that was lost up to there.",
+            "edges": sorted(rows, key=lambda row: float(row["sqnr_db"])),
+        }
 
 
 def sqnr_db(signal: float, noise: float) -> float:
