@@ -77,6 +77,15 @@ def sync(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def page(arguments: argparse.Namespace) -> int:
+    """Make the pages of finished runs from what they recorded."""
+    from qpipe.page.run import write_page
+
+    for folder in arguments.folders:
+        print(write_page(folder))
+    return 0
+
+
 def _stored_tracker(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file() or not (folder / "report.json").is_file():
@@ -101,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     syncing = commands.add_parser("sync", help="record finished run folders that their tracker never got")
     syncing.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     syncing.set_defaults(command=sync)
+    pages = commands.add_parser("page", help="make the page of finished run folders anew")
+    pages.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    pages.set_defaults(command=page)
     return parser
 
 

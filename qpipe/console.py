@@ -61,7 +61,7 @@ def summary(report: Report, where: str | None = None) -> None:
     for artifact in report.artifacts:
         _line(f"{artifact.exporter}: {artifact.path} ({artifact.num_bytes:,} bytes, {artifact.engine})")
     if report.folder is not None:
-        _line(f"run folder: {report.folder}")
+        _line(f"run folder: {report.folder} (look at report.html)")
     if where:
         _line(where)
 

@@ -16,6 +16,7 @@ from qpipe.choices import build_recipe, library_config
 from qpipe.nn import edge_quantizers
 from qpipe.noise import quiet
 from qpipe.packing import payload_bytes
+from qpipe.page.run import write_page
 from qpipe.recipe import Recipe, Reference
 from qpipe.record import environment, staged, write_record
 from qpipe.registry import PluginRegistry
@@ -74,6 +75,8 @@ def run(
             identity,
         )
         write_record(report, config, staging)
+        if folder:
+            write_page(staging, known_as=folder)
     return simulation, report
 
 

@@ -1,0 +1,1 @@
+"""Pages one looks at: self-contained HTML from what runs, sweeps and comparisons left behind."""
