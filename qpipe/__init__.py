@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qpipe.packing import pack, payload_bytes, unpack
     from qpipe.pipeline import quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
+    from qpipe.sharing import shared, shared_copy
     from qpipe.stages.data import calibration_batches
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
     from qpipe.task import Task
@@ -45,6 +46,7 @@ _HOME = {
     "packing": ["pack", "payload_bytes", "unpack"],
     "pipeline": ["quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
+    "sharing": ["shared", "shared_copy"],
     "stages.data": ["calibration_batches"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
     "task": ["Task"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from qpipe import nn as qnn
 from qpipe.errors import RecipeError
 from qpipe.kinds.granularity import Granularity
+from qpipe.sharing import shared_copy
 from qpipe.types import QParams, QuantSpec
 
 
@@ -26,7 +26,7 @@ def convert(model: nn.Module) -> nn.Module:
     """
     # registers torch.ops.quantized_decomposed, which nothing else in torch does
     importlib.import_module("torch.ao.quantization.fx._decomposed")
-    model = copy.deepcopy(model).eval()
+    model = shared_copy(model).eval()
     weights = [weight for weight in qnn.weight_quantizers(model) if weight.fake_quant.enabled]
     stand_ins: dict[int, nn.Module] = {
         id(weight.fake_quant): CodedWeight(weight.fake_quant, weight.blocks_input()) for weight in weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from qpipe.page.run import write_page
 from qpipe.recipe import Recipe, Reference
 from qpipe.record import environment, staged, write_record
 from qpipe.registry import PluginRegistry
+from qpipe.sharing import shared_copy
 from qpipe.stages.calibrate import calibrate, calibrate_weights
 from qpipe.stages.data import as_datamodule, calibration_batches, evaluation_batches
 from qpipe.stages.evaluate import evaluate
@@ -54,7 +54,7 @@ def run(
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
     with _as_reference(model) as reference, staged(folder) as staging:
-        simulation = copy.deepcopy(model).eval()
+        simulation = shared_copy(model).eval()
         for transform in recipe.transforms:
             transform.apply(simulation, calibration, task, recipe)
         preparation = prepare(simulation, calibration, task, recipe)
@@ -85,7 +85,7 @@ def plan(
 ) -> Report:
     """Say what run() would do: edges, weights, size, and what stays in floating point; nothing is written."""
     calibration = calibration_batches(data, num_samples)
-    simulation = copy.deepcopy(model).eval()
+    simulation = shared_copy(model).eval()
     for transform in recipe.transforms:
         transform.apply(simulation, calibration, task, recipe)
     preparation = prepare(simulation, calibration, task, recipe)

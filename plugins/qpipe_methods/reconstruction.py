@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from qpipe import QpipeError, RecipeError, calibration_batches
+from qpipe import QpipeError, RecipeError, calibration_batches, shared
 from qpipe.nn import FakeQuant, QuantizedWeight, disabled, weight_quantizers
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _float(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _copies(module: nn.Module) -> dict[str, nn.Parameter | None]:
     parameters = module._parameters.items()
-    return {name: None if p is None else nn.Parameter(p.detach().clone()) for name, p in parameters}
+    return {name: None if p is None else nn.Parameter(shared(p)) for name, p in parameters}
 
 
 def _advance(walkers: Sequence[_Walker]) -> nn.Module | None:

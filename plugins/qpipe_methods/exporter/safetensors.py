@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 
 import torch
 
-from qpipe import Artifact, DataError, ExportContext, Exporter, ProofError, hookimpl, load, write_codes
+from qpipe import (
+    Artifact,
+    DataError,
+    ExportContext,
+    Exporter,
+    ProofError,
+    hookimpl,
+    load,
+    shared_copy,
+    write_codes,
+)
 
 _MANIFEST = "manifest.json"
 
@@ -30,7 +39,7 @@ class SafetensorsExporter(Exporter):
         args, kwargs = context.task.inputs(batch)
         about = f"{type(context.reference).__module__}.{type(context.reference).__qualname__}"
         write_codes(context.simulation, context.recipe, (args, kwargs), context.folder, about)
-        restored = load(context.folder, model=copy.deepcopy(context.reference))
+        restored = load(context.folder, model=shared_copy(context.reference))
         with torch.no_grad():
             outputs = [
                 context.task.compared(model(*args, **kwargs)) for model in (restored, context.simulation)

@@ -41,6 +41,8 @@ def hf(path: str, trust_remote_code: bool = False) -> nn.Module:
     model.config.use_cache = False  # the outputs that are compared are logits, not a cache
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # of the file it was read from: it is a float model now
+    for parameter in model.parameters():  # memory of its own: it may be a view of the file
+        parameter.data = parameter.data.clone()
     result: nn.Module = model.eval()
     return result
 
