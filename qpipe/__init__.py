@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qpipe.artifact import write_codes
-    from qpipe.conversion import CodedActivation, convert
+    from qpipe.conversion import CodedActivation, CodedWeight, convert
     from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
     from qpipe.hookspecs import hookimpl
     from qpipe.kinds.calibrator import Calibrator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "artifact": ["write_codes"],
-    "conversion": ["CodedActivation", "convert"],
+    "conversion": ["CodedActivation", "CodedWeight", "convert"],
     "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
     "hookspecs": ["hookimpl"],
     "kinds.calibrator": ["Calibrator"],

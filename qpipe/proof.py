@@ -10,15 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qpipe.calls import Call, batch_size, moved
-from qpipe.conversion import CodedActivation
+from qpipe.conversion import CodedActivation, CodedWeight
 from qpipe.errors import ProofError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MAX_STEPS = 1.0
 _MIN_PERCENT = 99.5
+_MAX_RELATIVE = 1e-3
+LayerCalls = Mapping[str, Sequence[tuple[Tensor, Tensor]]]  # input and output of each call, in order
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Agreement:
 
 @dataclass
 class StepByStep:
-    """Differences of each edge, in steps of its own quantizer, given equal inputs.
+    """Differences of each edge, in steps of its own quantizer, and of layers whose weight alone is codes.
+
+    Both are given equal inputs; a layer's difference is relative to its largest output.
 
     Args:
         engine: what executed the file, for messages.
@@ -77,6 +82,7 @@ class StepByStep:
     largest: dict[str, int] = field(default_factory=dict)
     unequal: int = 0
     codes: int = 0
+    layers: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, executed: Tensor, simulated: Tensor) -> None:
         """Compare the codes of one edge."""
@@ -85,13 +91,25 @@ class StepByStep:
         self.unequal += int((difference > 0).sum())
         self.codes += difference.numel()
 
+    def add_layer(self, name: str, executed: Tensor, simulated: Tensor) -> None:
+        """Compare the outputs of one layer."""
+        largest = simulated.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        difference = ((executed - simulated).abs().max() / largest).item()
+        self.layers[name] = max(self.layers.get(name, 0.0), difference)
+
     def check(self, output: Agreement) -> None:
-        """Raise ProofError, naming the first edge, where a difference exceeds one step."""
+        """Raise ProofError, naming the first edge or layer, where a difference exceeds what is allowed."""
         for name, steps in self.largest.items():
             if steps > _MAX_STEPS:
                 raise ProofError(
                     f"{self.engine} computes edge '{name}' {steps} steps away from the simulation, 1 is "
                     f"allowed; {self.advice}"
+                )
+        for name, difference in self.layers.items():
+            if not difference <= _MAX_RELATIVE:
+                raise ProofError(
+                    f"{self.engine} computes layer '{name}' {difference:.2g} of its largest output away from "
+                    f"the simulation, {_MAX_RELATIVE} is allowed; {self.advice}"
                 )
         percent = 100.0 if output.agreement_percent is None else output.agreement_percent
         if output.max_difference_steps > _MAX_STEPS or percent < _MIN_PERCENT:
@@ -107,6 +125,8 @@ class StepByStep:
             "edges": len(self.largest),
             "largest_edge_difference_steps": max(self.largest.values(), default=0),
             "equal_codes_percent": equal,
+            "layers": len(self.layers),
+            "largest_layer_difference": max(self.layers.values(), default=0.0),
         }
 
 
@@ -133,6 +153,47 @@ def forced(converted: nn.Module, codes: Mapping[int, Tensor], result: StepByStep
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forced_layers(converted: nn.Module, layers: LayerCalls, result: StepByStep) -> Iterator[None]:
+    """Let layers be compared, each given the input that was executed, and answer with what was executed.
+
+    Args:
+        layers: by the name of the CodedWeight the layer reads.
+    """
+    names = {m: name for name, m in converted.named_modules() if isinstance(m, CodedWeight)}
+    executed = {name: iter(calls) for name, calls in layers.items()}
+    with ExitStack() as stack:
+        for path, module in converted.named_modules():
+            stored = [names[child] for child in module.children() if child in names]
+            if len(stored) == 1 and stored[0] in executed:
+                for handle in _force_layer(path, module, executed[stored[0]], result):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _force_layer(
+    name: str, module: nn.Module, executed: Iterator[tuple[Tensor, Tensor]], result: StepByStep
+) -> Iterator[RemovableHandle]:
+    outputs: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        x, y = next(executed, (None, None))
+        if x is None or y is None or not args or x.numel() != args[0].numel():
+            return None  # a border that the file adds inside the convolution, say
+        outputs.append(y)
+        return (x.reshape(args[0].shape).to(args[0].dtype), *args[1:])
+
+    def behind(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not outputs:
+            return output
+        y = outputs.pop().reshape(output.shape)
+        result.add_layer(name, y, output)
+        return y
+
+    yield module.register_forward_pre_hook(before)
+    yield module.register_forward_hook(behind)
 
 
 def calls(context: ExportContext) -> Iterator[Call]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qpipe import Task
 from qpipe.calls import Call, tensors
-from qpipe.proof import Agreement, StepByStep, forced
+from qpipe.proof import Agreement, LayerCalls, StepByStep, forced, forced_layers
 from qpipe_onnx._runtime import session
 
 _QUANTIZED = re.compile(r"quantize_per_tensor(?:_(\d+))?")  # named in order of execution by torch.export
@@ -22,38 +23,64 @@ _ADVICE = (
 
 
 def step_by_step(converted: nn.Module, path: Path, call: Call, task: Task) -> dict[str, Any]:
-    """Feed the converted model the codes ONNX Runtime computed, and compare what it makes of them.
+    """Feed the converted model what ONNX Runtime computed, and compare what it makes of that.
 
     Raises:
-        ProofError: an edge is off by more than one step, or the output is.
+        ProofError: an edge is off by more than one step, or a layer or the output is.
     """
-    output, codes = _executed(path, call)
+    executed = _executed(path, call)
     result = StepByStep("ONNX Runtime", _ADVICE)
-    with torch.no_grad(), forced(converted, codes, result):
+    with (
+        torch.no_grad(),
+        forced(converted, executed.codes, result),
+        forced_layers(converted, executed.layers, result),
+    ):
         simulated = task.compared(converted(*call[0], **call[1]))
-    agreement = Agreement.between(_same_shape(output, simulated), simulated, task.class_dim)
+    agreement = Agreement.between(_same_shape(executed.outputs, simulated), simulated, task.class_dim)
     result.check(agreement)
     return result.summary()
 
 
-def _executed(path: Path, call: Call) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Return the outputs and the codes of every quantizer, by its turn."""
-    import onnx
+@dataclass
+class _Executed:
+    """What ONNX Runtime computed: outputs, the codes of quantizers by their turn, layers by their weight."""
 
-    model = onnx.load(path)
-    turns = {
-        node.output[0]: int(match.group(1) or 0)
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and (match := _QUANTIZED.fullmatch(node.output[0]))
-    }
-    names = [value.name for value in model.graph.output]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in turns if name not in names)
-    runtime = session(model.SerializeToString())
+    outputs: list[Tensor]
+    codes: dict[int, Tensor]
+    layers: LayerCalls
+
+
+def _executed(path: Path, call: Call) -> _Executed:
+    import onnx_ir as ir
+
+    from qpipe_onnx import _weights
+
+    model = ir.load(path)
+    outputs, asked = [*model.graph.outputs], dict.fromkeys(model.graph.outputs)
+    turns: dict[int, ir.Value] = {}
+    layers: list[tuple[str, ir.Value, ir.Value]] = []
+    for node in model.graph:
+        match = _QUANTIZED.fullmatch(str(node.outputs[0].name))
+        if node.op_type == "QuantizeLinear" and match:
+            turns[int(match.group(1) or 0)] = node.outputs[0]
+        layers += [found] if (found := _weights.layer(node)) is not None else []
+    asked |= dict.fromkeys([*turns.values(), *(value for _, *ends in layers for value in ends)])
+    model.graph.outputs[:] = [value for value in asked if not value.is_graph_input()]
+    values = _values(ir.to_proto(model).SerializeToString(), call)
+    by_weight: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for weight, before, after in layers:
+        by_weight.setdefault(weight, []).append((values[str(before.name)], values[str(after.name)]))
+    codes = {turn: values[str(value.name)].int() for turn, value in turns.items()}
+    return _Executed([values[str(value.name)] for value in outputs], codes, by_weight)
+
+
+def _values(file: bytes, call: Call) -> dict[str, Tensor]:
+    """Return every input and output of a file by name."""
+    runtime = session(file)
     feed = {value.name: x.numpy() for value, x in zip(runtime.get_inputs(), tensors(call), strict=True)}
-    found = dict(
-        zip([*names, *turns], map(torch.from_numpy, runtime.run([*names, *turns], feed)), strict=True)
-    )
-    return [found[name] for name in names], {turn: found[name].int() for name, turn in turns.items()}
+    names = [value.name for value in runtime.get_outputs()]
+    results = dict(zip(names, runtime.run(names, feed), strict=True))
+    return {name: torch.from_numpy(x) for name, x in (feed | results).items()}
 
 
 def _same_shape(outputs: list[Tensor], simulated: Tensor) -> Tensor:

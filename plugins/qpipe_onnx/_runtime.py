@@ -18,6 +18,8 @@ from qpipe import DataError
 from qpipe.calls import tensors
 
 _CALL = "qpipe.call"
+_ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+FLOAT = 1  # of accuracy_level: products of weights alone in float32, as the simulation has them
 
 
 class OnnxRuntimeModule(nn.Module):
@@ -27,11 +29,19 @@ class OnnxRuntimeModule(nn.Module):
         keywords: of the call, in the order of the file's inputs, behind the positional arguments.
         output: what the model returns, each tensor replaced by its index.
         threads: of one inference.
+        accuracy_level: of session().
     """
 
-    def __init__(self, path: Path, keywords: Sequence[str], output: Any, threads: int = 1) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        path: Path,
+        keywords: Sequence[str],
+        output: Any,  # noqa: ANN401
+        threads: int = 1,
+        accuracy_level: int = FLOAT,
+    ) -> None:
         super().__init__()
-        self.session = session(path, threads)
+        self.session = session(path, threads, accuracy_level=accuracy_level)
         self.keywords = tuple(keywords)
         self.names = [value.name for value in self.session.get_inputs()]
         self.output = output
@@ -43,7 +53,8 @@ class OnnxRuntimeModule(nn.Module):
         if described is None:
             raise DataError(f"{path} does not say how it is called; it was not written by this exporter")
         call = json.loads(described)
-        return cls(path, call["keywords"], _rebuilt(call["output"]))
+        level = int(call.get("accuracy_level", FLOAT))
+        return cls(path, call["keywords"], _rebuilt(call["output"]), accuracy_level=level)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by ONNX Runtime."""
@@ -67,9 +78,10 @@ def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
     return pytree.tree_map_only(Tensor, lambda _: _Index(next(count)), output)
 
 
-def describe_call(keywords: Sequence[str], output: Any) -> dict[str, str]:  # noqa: ANN401
+def describe_call(keywords: Sequence[str], output: Any, accuracy_level: int) -> dict[str, str]:  # noqa: ANN401
     """Return metadata of the file: how it is called and what it returns, as JSON."""
-    return {_CALL: json.dumps({"keywords": [*keywords], "output": _described(output)})}
+    called = {"keywords": [*keywords], "output": _described(output), "accuracy_level": accuracy_level}
+    return {_CALL: json.dumps(called)}
 
 
 def _described(tree: Any) -> Any:  # noqa: ANN401
@@ -90,13 +102,21 @@ def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
     return _Index(tree) if isinstance(tree, int) else None
 
 
-def session(file: Path | bytes, threads: int = 1, optimized: Path | None = None) -> Any:  # noqa: ANN401  # InferenceSession
-    """Open a file, or its bytes, on the CPU."""
+def session(
+    file: Path | bytes, threads: int = 1, optimized: Path | None = None, accuracy_level: int = FLOAT
+) -> Any:  # noqa: ANN401  # InferenceSession
+    """Open a file, or its bytes, on the CPU.
+
+    Args:
+        accuracy_level: of products with weights alone (MatMulNBits): 1 computes in float32; 4, what ONNX
+            Runtime does unasked, rounds each block of an activation to int8 first.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(_ACCURACY_LEVEL, str(accuracy_level))
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

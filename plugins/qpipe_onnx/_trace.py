@@ -57,11 +57,12 @@ def write(graph: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Call
     """
     import onnx_ir
 
-    from qpipe_onnx import _graph
+    from qpipe_onnx import _graph, _weights
 
     _graph.tidy(graph)
     before = onnx_ir.to_proto(graph)
     _graph.fuse(graph)
+    _weights.store(graph)
     _graph.name_dimensions(graph)
     graph.metadata_props.update(metadata)
     num_bytes = sum(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,20 +59,6 @@ class Named(nn.Module):
         if scale is not None:
             hidden = hidden * scale[:, None, None]
         return {"logits": self.head(hidden.mean(1)), "hidden": (hidden,)}
-
-
-@pytest.fixture
-def export(make_recipe: Callable[..., Recipe], calibrate_on: Callable[..., None], tmp_path: Path) -> Export:
-    def run(model: nn.Module, batches: Any, recipe: Recipe | None = None) -> tuple[nn.Module, Artifact]:  # noqa: ANN401
-        recipe, task = recipe or make_recipe(), Task()
-        simulation = copy.deepcopy(model).eval()
-        prepare(simulation, batches, task, recipe)
-        args, kwargs = task.inputs(batches[0])
-        calibrate_on(simulation, *args, **kwargs)
-        context = ExportContext(simulation, model.eval(), batches, task, recipe, tmp_path)
-        return simulation, OnnxExporter().export(context)
-
-    return run
 
 
 def residual() -> tuple[nn.Module, list[Tensor]]:

@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
+from qpipe import (
+    Artifact,
+    DataError,
+    ExportContext,
+    Exporter,
+    Recipe,
+    RecipeError,
+    Role,
+    Slot,
+    convert,
+    hookimpl,
+)
 from qpipe.calls import Call, moved, some_samples
 from qpipe.proof import calls, end_to_end, latencies_ms
 from qpipe_onnx._agreement import step_by_step
-from qpipe_onnx._runtime import OnnxRuntimeModule, describe_call, executed_nodes, indexed
+from qpipe_onnx._runtime import FLOAT, OnnxRuntimeModule, describe_call, executed_nodes, indexed
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
@@ -31,18 +42,26 @@ class OnnxExporter(Exporter):
         opset: version of ONNX's operations.
         samples: evaluation samples compared with the simulation.
         compare_fp32: time the float graph of the same architecture beside the file.
+        accuracy_level: of products with weights alone: 1 in float32, 4 rounds activations to int8 in blocks.
     """
 
     name = "onnx"
 
-    def __init__(self, opset: int = 21, samples: int = 256, compare_fp32: bool = True) -> None:
+    def __init__(
+        self, opset: int = 21, samples: int = 256, compare_fp32: bool = True, accuracy_level: int = FLOAT
+    ) -> None:
+        if accuracy_level not in (FLOAT, 4):
+            raise RecipeError(f"exporter.onnx.accuracy_level={accuracy_level} is unknown; use 1 or 4")
         self.opset = opset
         self.samples = samples
         self.compare_fp32 = compare_fp32
+        self.accuracy_level = accuracy_level
 
     def reason_not(self, recipe: Recipe) -> str | None:
         """Name the first thing ONNX Runtime has no integer form for."""
-        reasons = (_reason(role, slot) for role, slot in _slots(recipe))
+        slots = [*_slots(recipe)]
+        static = any(role is Role.ACTIVATION and not slot.spec.dynamic for role, slot in slots)
+        reasons = (_reason(role, slot, static) for role, slot in slots)
         return next((reason for reason in reasons if reason is not None), None)
 
     def export(self, context: ExportContext) -> Artifact:
@@ -61,8 +80,9 @@ class OnnxExporter(Exporter):
         with torch.no_grad():
             output = indexed(converted(*call[0], **call[1]))
             graph = trace(converted, call, self.opset)
-            twin = write(graph, path, describe_call([*call[1]], output))
-            module = OnnxRuntimeModule(path, [*call[1]], output)
+            about = describe_call([*call[1]], output, self.accuracy_level)
+            twin = write(graph, path, about)
+            module = OnnxRuntimeModule(path, [*call[1]], output, accuracy_level=self.accuracy_level)
             proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
             proof |= end_to_end(module, context, self.samples) | {"nodes": executed_nodes(path)}
             proof |= self._latency(module, twin, call)
@@ -97,7 +117,7 @@ def _slots(recipe: Recipe) -> Iterator[tuple[Role, Slot]]:
         yield from ((role, slot) for slot in (base, *edits) if slot is not None)
 
 
-def _reason(role: Role, slot: Slot) -> str | None:
+def _reason(role: Role, slot: Slot, static: bool) -> str | None:
     spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
     if not quantizer.is_affine(spec):
         return (
@@ -109,10 +129,15 @@ def _reason(role: Role, slot: Slot) -> str | None:
         return f"ONNX Runtime computes on 8-bit activations, not activation.num_bits={spec.num_bits}"
     if role is Role.WEIGHT and spec.num_bits > 8:
         return f"ONNX Runtime computes on weights of at most 8 bits, not weight.num_bits={spec.num_bits}"
+    if not static:
+        return None
     rows = 1 if role is Role.ACTIVATION else _PROBE.shape[0]
     blocks = granularity.to_blocks(_PROBE).shape[0]
     if blocks > rows:
-        return f"granularity '{granularity.name}' gives {role.value}s more scales than one a channel"
+        return (
+            f"granularity '{granularity.name}' gives {role.value}s more scales than one a channel, which "
+            "ONNX Runtime does not multiply by codes; use activation=null, or granularity=channel"
+        )
     if blocks > 1 and not spec.symmetric:
         return "ONNX Runtime wants one zero point for all channels; use weight.symmetric=true"
     return None
