@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qpipe.errors import RecipeError
+from qpipe.gate import Gate
 from qpipe.recipe import LayerRule, Recipe, Slot, SlotEdit
 from qpipe.registry import PluginRegistry, conf_dir
 from qpipe.types import QuantSpec, Role, Target
@@ -30,17 +31,24 @@ def build_recipe(config: _Config, registry: PluginRegistry) -> Recipe:
     target = _target(config["target"])
     weight = _slot(config, Role.WEIGHT, registry, notices)
     activation = _slot(config, Role.ACTIVATION, registry, notices)
-    recipe = Recipe(
-        weight,
-        activation,
-        target,
-        tuple(_rule(rule, config, registry) for rule in _rules(config.get("layers") or ())),
-        *(_several(kind, config, registry) for kind in ("transform", "finetune", "evaluator", "exporter")),
-    )
+    several = {
+        field: _several(kind, config, registry)
+        for field, kind in (
+            ("transforms", "transform"),
+            ("finetune", "finetune"),
+            ("evaluators", "evaluator"),
+            ("exporters", "exporter"),
+        )
+    }
+    layers = tuple(_rule(rule, config, registry) for rule in _rules(config.get("layers") or ()))
+    recipe = Recipe(weight, activation, target, layers, **several, gate=_gate(config.get("gate")))
+    for strategy in recipe.finetune:
+        strategy.check(recipe)
     notices += _not_executed(recipe)
+    reached = replace(recipe, layers=(*recipe.layers, *_reached(recipe)))
     exporters = []
     for exporter in recipe.exporters:
-        reason = exporter.reason_not(recipe)
+        reason = exporter.reason_not(reached)
         if reason is None:
             exporters.append(exporter)
         elif "exporter" in config.get("explicit", ()):
@@ -69,6 +77,7 @@ def library_config(choices: _Config, exporting: bool) -> dict[str, Any]:
         "finetune": [],
         "evaluator": ["sqnr", "size"],
         "exporter": ["safetensors", "onnx"] if exporting else [],
+        "gate": {},
         "explicit": [*choices],
     }
     for key, value in choices.items():
@@ -203,6 +212,23 @@ def _several(kind: str, config: _Config, registry: PluginRegistry) -> tuple[Any,
     chosen = config.get(kind) or ()
     entries: Sequence[Any] = [*chosen.values()] if isinstance(chosen, Mapping) else chosen
     return tuple(registry.create(kind, entry) for entry in entries)
+
+
+def _gate(bounds: _Config | None) -> Gate:
+    known = [*Gate.__dataclass_fields__]
+    if bounds is not None and not (isinstance(bounds, Mapping) and set(bounds) <= set(known)):
+        raise RecipeError(f"gate takes {', '.join(known)}, gate.max_drop=1.0; not {bounds}")
+    return Gate(**(bounds or {}))
+
+
+def _reached(recipe: Recipe) -> Iterator[LayerRule]:
+    """Yield a rule for every change of a slot that fine-tuning may make, each checked."""
+    for strategy in recipe.finetune:
+        for role, edit in strategy.edits(recipe):
+            base = recipe.weight if role is Role.WEIGHT else recipe.activation
+            if (slot := edit.apply(base, base)) is not None:
+                _checked(slot, role)
+            yield LayerRule("*", {role: edit})
 
 
 def _not_executed(recipe: Recipe) -> Iterator[str]:

@@ -51,6 +51,8 @@ def header(config: _Config) -> None:
 def summary(report: Report, where: str | None = None) -> None:
     """Print edges, notices and the figures of every variant, and where the run is."""
     edges(report)
+    for rows in report.tables.values():
+        _told(rows)
     for message in report.notices:
         notice(message)
     variants = list(report.metrics)
@@ -75,6 +77,14 @@ def edges(report: Report) -> None:
         _wrapped(
             f"{len(report.skipped)} in floating point: ", [f"{k} ({v})" for k, v in report.skipped.items()]
         )
+
+
+def _told(rows: Any) -> None:  # noqa: ANN401  # of a table; what is nested is for the report alone
+    if isinstance(rows, str):
+        _line(rows)
+    elif isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+        head = tuple(dict.fromkeys(key for row in rows for key in row))
+        _table(head, [tuple(_cell(row.get(key)) for key in head) for row in rows])
 
 
 def sweep(rows: Sequence[Row], folder: Path | None = None) -> None:
@@ -157,6 +167,12 @@ def _differs(done: Sequence[Mapping[str, Mapping[str, float]]], variant: str, na
 
 def _is_fp32(column: tuple[str, str]) -> bool:
     return column[0] == "fp32"
+
+
+def _cell(value: Any) -> str:  # noqa: ANN401  # a plain value
+    return (
+        _figure(float(value)) if isinstance(value, (int, float)) else str(value if value is not None else "-")
+    )
 
 
 def _figure(value: float | None) -> str:

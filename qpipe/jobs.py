@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from qpipe import console
 from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
-from qpipe.gate import check_gate
 from qpipe.identity import code_version, data_digest, digest, model_digest, source_digest
 from qpipe.objects import build_data, build_model, build_task, build_trainer
 from qpipe.pipeline import plan, run
@@ -46,10 +45,10 @@ def run_job(
         resume: where the folder holds this very run already, finished, return its report; where it holds
             one of other weights or data, replace it.
     """
-    _check_numbers(config)
+    _check_seed(config)
     recipe = build_recipe(config, registry)
     if resume and not config["plan"] and (earlier := earlier_run(config, registry, parent)):
-        check_gate(earlier.metrics, **config["gate"])
+        recipe.gate.check(earlier.metrics)
         return earlier
     folder = run_folder(config["out"])
     model, data, task = build(config)
@@ -66,7 +65,7 @@ def run_job(
         _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name)
         record.report = report
     console.summary(report, record.where)
-    check_gate(report.metrics, **config["gate"])
+    recipe.gate.check(report.metrics)
     return report
 
 
@@ -110,7 +109,7 @@ def _sync(config: _Config, registry: PluginRegistry, folder: Path, parent: str |
             console.notice(error)
 
 
-def _check_numbers(config: _Config) -> None:
+def _check_seed(config: _Config) -> None:
     """Refuse words where a number belongs.
 
     Raises:
@@ -118,12 +117,6 @@ def _check_numbers(config: _Config) -> None:
     """
     if type(config["seed"]) is not int:
         raise RecipeError(f"seed={config['seed']} is no whole number; give one, seed=0")
-    for key in ("max_drop", "min"):
-        value = config["gate"][key]
-        if value is not None and type(value) not in (int, float):
-            raise RecipeError(
-                f"gate.{key}={value} is no number; give one in the metric's unit, gate.{key}=1.0"
-            )
 
 
 class Record:

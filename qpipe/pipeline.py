@@ -22,7 +22,7 @@ from qpipe.registry import PluginRegistry
 from qpipe.sharing import shared_copy
 from qpipe.stages.calibrate import calibrate, calibrate_weights
 from qpipe.stages.data import as_datamodule, calibration_batches, evaluation_batches
-from qpipe.stages.evaluate import evaluate
+from qpipe.stages.evaluate import check_gate, evaluate
 from qpipe.stages.export import export
 from qpipe.stages.prepare import Preparation, prepare
 from qpipe.task import Task
@@ -51,6 +51,7 @@ def run(
         config: what the recipe was built from; stored as config.yaml, from which the run can be repeated.
         identity: of everything the run depends on, for the report.
     """
+    check_gate(model, task, recipe)
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
     with _as_reference(model) as reference, staged(folder) as staging:
@@ -59,18 +60,20 @@ def run(
             transform.apply(simulation, calibration, task, recipe)
         preparation = prepare(simulation, calibration, task, recipe)
         notices = calibrate(simulation, calibration, task, trainer)
+        told: dict[str, Any] = {}
         for strategy in recipe.finetune:
-            strategy.fit(simulation, reference, data, task, recipe, trainer)
+            told |= strategy.fit(simulation, reference, data, task, recipe, trainer) or {}
+        final = preparation.now(simulation)
         artifacts = export(simulation, reference, evaluation, task, recipe, staging)
         metrics, tables = evaluate(simulation, reference, artifacts, evaluation, task, recipe, trainer)
         report = Report(
             metrics,
-            *_rows(preparation),
-            preparation.skipped,
+            *_rows(final),
+            final.skipped,
             (*recipe.notices, *notices, *task.notices(metrics)),
             artifacts,
             environment(),
-            tables,
+            told | tables,
             folder,
             identity,
         )
@@ -84,6 +87,7 @@ def plan(
     model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe, num_samples: int = 256
 ) -> Report:
     """Say what run() would do: edges, weights, size, and what stays in floating point; nothing is written."""
+    check_gate(model, task, recipe)
     calibration = calibration_batches(data, num_samples)
     simulation = shared_copy(model).eval()
     for transform in recipe.transforms:
@@ -123,16 +127,17 @@ def quantize(
         num_samples: samples of the calibration set that are read.
         choices: quantizer="kl", granularity="channel", calibrator=…, target=…, transform=[…],
             finetune=[…], evaluator=[…], exporter=[…], layers=[…], weight={"num_bits": 4},
-            activation=None; a name, or a mapping with 'name' and its arguments.
+            activation=None, gate={"max_drop": 1}; a name, or a mapping with 'name' and its arguments.
 
     Raises:
         RecipeError: the choices have no meaning together.
         DataError: weights or activations cannot be used.
+        GateError: a gate was given and is not met; what out names is kept.
     """
     registry = PluginRegistry.load_installed()
     recipe = build_recipe(library_config(choices, exporting=out is not None), registry)
     recipe = replace(recipe, notices=(*registry.notices, *recipe.notices))
-    return run(
+    simulation, report = run(
         model,
         as_datamodule(data),
         task or Task(),
@@ -141,6 +146,8 @@ def quantize(
         Path(out).absolute() if out is not None else None,
         num_samples,
     )
+    recipe.gate.check(report.metrics)
+    return simulation, report
 
 
 def _rows(preparation: Preparation) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qpipe.gate import Gate
 from qpipe.kinds.calibrator import Calibrator
 from qpipe.kinds.evaluator import Evaluator
 from qpipe.kinds.exporter import Exporter
@@ -85,6 +86,7 @@ class Recipe:
     finetune: tuple[FinetuneStrategy, ...] = ()
     evaluators: tuple[Evaluator, ...] = ()
     exporters: tuple[Exporter, ...] = ()
+    gate: Gate = field(default_factory=Gate)  # open
     notices: tuple[str, ...] = ()  # stand-ins and exporters passed over, decided while the recipe was built
 
     def slot(self, name: str, role: Role) -> Slot | None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from qpipe_methods.exporter.safetensors import SafetensorsExporter
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import qpipe
 from qpipe.choices import build_recipe, library_config
-from qpipe.errors import DataError, RecipeError
-from qpipe.pipeline import run
+from qpipe.console import summary
+from qpipe.errors import DataError, GateError, RecipeError
+from qpipe.nn import remove_weight_quantizer, weight_quantizers
+from qpipe.pipeline import _quiet_trainer, run
+from qpipe.recipe import SlotEdit
 from qpipe.registry import PluginRegistry
+from qpipe.stages.data import as_datamodule
 
 
 class Net(nn.Module):
@@ -98,6 +105,77 @@ def test_an_output_folder_that_holds_files_is_refused(net: Net, batches: Tensor,
     with pytest.raises(RecipeError, match="choose another"):
         qpipe.quantize(net, batches, out=tmp_path, exporter=[])
     assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+class Unread(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise AssertionError("data was read")
+
+
+class Narrower(qpipe.FinetuneStrategy):
+    """Give one weight six bits and take another out of quantization."""
+
+    name = "narrower"
+
+    def edits(self, recipe: qpipe.Recipe) -> list[tuple[qpipe.Role, SlotEdit]]:
+        return [(qpipe.Role.WEIGHT, SlotEdit(spec={"num_bits": 6}))]
+
+    def fit(self, model: nn.Module, *_: Any) -> dict[str, Any]:  # noqa: ANN401
+        first, second = weight_quantizers(model)
+        first.fake_quant.slot = replace(
+            first.fake_quant.slot, spec=replace(first.fake_quant.slot.spec, num_bits=6)
+        )
+        remove_weight_quantizer(second.module, second.parameter_name)
+        return {"narrower": [{"layer": "first", "bits": 6, "share": 0.123456}], "said": "narrower: done"}
+
+
+def test_the_report_shows_what_fine_tuning_made_of_slots(
+    net: Net, batches: Tensor, registry: PluginRegistry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = replace(recipe(registry), finetune=(Narrower(),), exporters=(SafetensorsExporter(),))
+    _, report = run(net, as_datamodule(batches), qpipe.Task(), chosen, _quiet_trainer())
+    assert [(row["name"], row["num_bits"]) for row in report.weights] == [("first:weight", 6)]
+    assert report.skipped["second:weight"] == "calibration or fine-tuning left it in floating point"
+    assert report.artifacts[0].proof == {"bit_equal": True}
+    summary(report)
+    printed = capsys.readouterr().out
+    assert "first  6     0.1235" in printed
+    assert "narrower: done" in printed
+
+
+def test_exporters_are_asked_about_slots_that_fine_tuning_may_choose(registry: PluginRegistry) -> None:
+    words = library_config({"exporter": ["onnx"], "finetune": ["wider"]}, exporting=True)
+
+    class Wider(Narrower):
+        def edits(self, recipe: qpipe.Recipe) -> list[tuple[qpipe.Role, SlotEdit]]:
+            return [(qpipe.Role.WEIGHT, SlotEdit(spec={"num_bits": 12}))]
+
+    wider = replace(registry.plugins["finetune"]["none"], name="wider", cls=Wider)
+    finetune = {**registry.plugins["finetune"], "wider": wider}
+    mine = PluginRegistry({**registry.plugins, "finetune": finetune})
+    with pytest.raises(RecipeError, match=r"exporter 'onnx' .*num_bits=12"):
+        build_recipe(words, mine)
+
+
+def test_a_gate_on_what_is_not_measured_is_refused_before_data_is_read(net: Net) -> None:
+    loader = DataLoader(Unread())
+    for gate, said in (
+        ({"metric": "top5_percent", "min": 1}, "measured: size_bytes, sqnr_db"),
+        ({"metric": "sqnr_db", "max_drop": 1}, "give gate.min="),
+        ({"max": 1}, "gate takes metric, max_drop, min"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            qpipe.quantize(net, loader, gate=gate)
+
+
+def test_a_gate_that_is_missed_keeps_the_folder(net: Net, batches: Tensor, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(GateError, match="at least 200"):
+        qpipe.quantize(net, batches, gate={"metric": "sqnr_db", "min": 200}, out=out, exporter=[])
+    assert (tmp_path / "run" / "report.json").is_file()
 
 
 def test_a_shared_word_gets_a_stand_in_that_is_named(registry: PluginRegistry) -> None:

@@ -41,6 +41,7 @@ class Evaluator(ABC):
     """Measure a variant of the model: in the one pass over the data, once on its own, or both."""
 
     name: ClassVar[str]
+    measured: ClassVar[tuple[str, ...]] = ()  # the names measure() returns, as far as they are known before
 
     def metrics(self, task: Task, variant: str) -> Mapping[str, Metric]:
         """Metrics fed in the shared pass: update(output, reference_output, batch); named with their unit."""

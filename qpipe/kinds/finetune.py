@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, Trainer
 
-    from qpipe.recipe import Recipe, Reference
+    from qpipe.recipe import Recipe, Reference, SlotEdit
     from qpipe.task import Task
+    from qpipe.types import Role
 
 
 class FinetuneStrategy(ABC):
     """Improve a prepared, calibrated model in place: reconstruction and training alike."""
 
     name: ClassVar[str]
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError when this has no meaning for the recipe; asked before any data is read."""
+
+    def edits(self, recipe: Recipe) -> Iterable[tuple[Role, SlotEdit]]:
+        """Return every change of a slot that fit may make, so that exporters can say no before any work."""
+        return ()
 
     @abstractmethod
     def fit(
@@ -28,5 +37,9 @@ class FinetuneStrategy(ABC):
         task: Task,
         recipe: Recipe,
         trainer: Trainer,
-    ) -> None:
-        """Improve model; reference is the float model it should agree with."""
+    ) -> Mapping[str, Any] | None:
+        """Improve model; reference is the float model it should agree with.
+
+        Returns:
+            tables for the report, by name: a list of rows, or a sentence, is printed as well.
+        """

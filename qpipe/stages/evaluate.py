@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe.kinds.evaluator import Subject
+from qpipe.kinds.evaluator import Evaluator, Subject
 from qpipe.stages.forward import forward_pass, has_own_steps, own_pass
 from qpipe.types import Artifact
 
@@ -26,6 +26,22 @@ if TYPE_CHECKING:
 CACHE_BYTES = 256 * 2**20  # of reference outputs; beyond it they are computed again for each variant
 
 Figures = dict[str, dict[str, float]]
+
+
+def check_gate(model: nn.Module, task: Task, recipe: Recipe) -> None:
+    """Refuse a gate on a metric that nobody will measure, as far as that can be told before the run.
+
+    Raises:
+        RecipeError: says what is measured.
+    """
+    undeclared = any(type(e).measure is not Evaluator.measure and not e.measured for e in recipe.evaluators)
+    if not undeclared and not has_own_steps(model):
+        recipe.gate.expect(*(_expected(task, recipe, variant) for variant in ("fp32", "simulated")))
+
+
+def _expected(task: Task, recipe: Recipe, variant: str) -> Collection[str]:
+    metrics = [name for evaluator in recipe.evaluators for name in evaluator.metrics(task, variant)]
+    return [*metrics, *(name for evaluator in recipe.evaluators for name in evaluator.measured)]
 
 
 def evaluate(

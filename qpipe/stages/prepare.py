@@ -33,6 +33,8 @@ from qpipe.taps import place_taps
 from qpipe.task import Batches, Task
 from qpipe.types import Edge, Role
 
+_LEFT = "calibration or fine-tuning left it in floating point"
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -47,6 +49,18 @@ class Preparation:
     edges: tuple[tuple[Edge, Slot], ...]
     weights: tuple[tuple[str, torch.Size, Slot], ...]
     skipped: Mapping[str, str]
+
+    def now(self, model: nn.Module) -> Preparation:
+        """Return what calibration and fine-tuning made of it: tensors with the slots they have in model."""
+        slots = {weight.name: weight.fake_quant.slot for weight in weight_quantizers(model)}
+        edges = {edge.name: edge.slot for edge in edge_quantizers(model) if edge.enabled}
+        names = [*(edge.name for edge, _ in self.edges), *(name for name, *_ in self.weights)]
+        left = {name: _LEFT for name in names if name not in slots and name not in edges}
+        return Preparation(
+            tuple((edge, edges[edge.name]) for edge, _ in self.edges if edge.name in edges),
+            tuple((name, shape, slots[name]) for name, shape, _ in self.weights if name in slots),
+            {**self.skipped, **left},
+        )
 
 
 def place(model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> Preparation:

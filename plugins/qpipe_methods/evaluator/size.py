@@ -12,6 +12,7 @@ class SizeEvaluator(Evaluator):
     """Count the bytes of parameters and buffers, codes packed to their bits; of a file, its own size."""
 
     name = "size"
+    measured = ("size_bytes",)
 
     def measure(self, subject: Subject) -> Mapping[str, float]:
         """Return size_bytes."""
