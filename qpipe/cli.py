@@ -78,11 +78,12 @@ def sync(arguments: argparse.Namespace) -> int:
 
 
 def page(arguments: argparse.Namespace) -> int:
-    """Make the pages of finished runs from what they recorded."""
+    """Make the pages of finished runs and sweeps from what they recorded."""
     from qpipe.page.run import write_page
+    from qpipe.page.sweep import FILE, write_sweep_page
 
     for folder in arguments.folders:
-        print(write_page(folder))
+        print(write_sweep_page(folder) if (folder / FILE).is_file() else write_page(folder))
     return 0
 
 
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     syncing = commands.add_parser("sync", help="record finished run folders that their tracker never got")
     syncing.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     syncing.set_defaults(command=sync)
-    pages = commands.add_parser("page", help="make the page of finished run folders anew")
+    pages = commands.add_parser("page", help="make the pages of finished runs and sweeps anew")
     pages.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     pages.set_defaults(command=page)
     return parser

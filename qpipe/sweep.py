@@ -31,6 +31,7 @@ from qpipe.jobs import (
     run_folder,
     run_job,
 )
+from qpipe.page.sweep import write_sweep_page
 from qpipe.record import strict, write_aside
 
 if TYPE_CHECKING:
@@ -179,8 +180,9 @@ def _run(sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry) -> 
     finally:
         sweep.status = "killed" if sweep.status == "running" else sweep.status
         sweep.write()
+        write_sweep_page(sweep.folder)
         if tracker and sweep.parent:
-            tracker.finish_sweep(sweep.parent, sweep.status)
+            tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
         console.sweep(sweep.rows, sweep.folder)
     return 4 if bad else 0
 

@@ -83,7 +83,7 @@ class Toy(Tracker):
         self._say("start_sweep", *([earlier] if earlier else []))
         return "parent"
 
-    def finish_sweep(self, parent, status):
+    def finish_sweep(self, parent, status, folder):
         self._say("finish_sweep", parent, status)
 
     def start(self, config, parent=None):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,9 +48,21 @@ def _breakable(name: object) -> str:
     return Markup(re.sub(r"(?<=[.:/_])", "<wbr>", str(escape(str(name)))))  # noqa: S704  # escaped above
 
 
-def render(template: str, **view: Any) -> str:  # noqa: ANN401
-    """Return a page that needs nothing but itself."""
-    return _templates().get_template(template).render(**view)
+def render(template: str, script: str = "", **view: Any) -> str:  # noqa: ANN401
+    """Return a page that needs nothing but itself.
+
+    Args:
+        script: file of the one script that the page may run, by its digest; without it the page loses nothing
+            but comfort.
+    """
+    from markupsafe import Markup
+
+    templates = _templates()
+    code = templates.get_template(script).render() if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = f"'sha256-{digest}'" if script else "'none'"
+    view |= {"script": Markup(code), "script_policy": Markup(policy)}  # noqa: S704  # ours
+    return templates.get_template(template).render(**view)
 
 
 @contextmanager

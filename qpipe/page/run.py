@@ -66,12 +66,16 @@ def run_page(report: Row, config: Row, folder: Path) -> str:
         edges=report["edges"],
         weights=report["weights"],
         skipped=report.get("skipped") or {},
-        notices=report.get("notices") or [],
+        notices=[*(report.get("notices") or []), *_reused(report)],
         artifacts=report.get("artifacts") or [],
         environment=report.get("environment") or {},
         repeat=repeat(folder),
         folder=folder.name,
     )
+
+
+def _reused(report: Row) -> list[str]:
+    return [f"Not computed but taken from an earlier run: {what}" for what in report.get("reused") or ()]
 
 
 def repeat(folder: Path) -> str:

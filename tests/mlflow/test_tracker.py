@@ -65,12 +65,14 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
     logger.finalize("success")
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     where = tracker.finish(Report({}, folder=folder), folder, "finished")
-    sweep.finish_sweep(parent, "failed")
+    (folder / "sweep.html").write_text("a page")
+    sweep.finish_sweep(parent, "failed", folder)
 
     run = client.get_run(tracker.run_id)
     assert where == f"mlflow ui --backend-store-uri {uri}"
     assert run.info.status == "FINISHED"
     assert client.get_run(parent).info.status == "FAILED"
+    assert [item.path for item in client.list_artifacts(parent)] == ["sweep.html"]
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert run.data.params["weight.num_bits"] == "8"
     assert run.data.metrics == {

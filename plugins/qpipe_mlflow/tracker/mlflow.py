@@ -48,9 +48,15 @@ class MLflowTracker(Tracker):
         return self._reopen(earlier) if earlier else self._open(config, {"qpipe.sweep": "true"})
 
     @quiet()
-    def finish_sweep(self, parent: str, status: str) -> None:
-        """Close the parent run."""
+    def finish_sweep(self, parent: str, status: str, folder: Path) -> None:
+        """Record the sweep's tables and page, and close the parent run."""
         self.run_id = parent
+        try:
+            if self.client is not None:
+                for file in sorted(folder.glob("sweep.*")):
+                    self.client.log_artifact(parent, str(file))
+        except Exception as error:  # whatever a store raises
+            self._lost(error)
         self._close(status)
 
     @quiet()
