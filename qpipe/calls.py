@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from qpipe.errors import RecipeError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
 
@@ -54,3 +57,34 @@ def moved(call: Call, device: torch.device | str) -> Call:
 def tensors(call: Call) -> list[Tensor]:
     """Return the tensors among a call's arguments, in the order of the file's inputs."""
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+def exported(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    """Return the graph of model, called so, for any batch size.
+
+    Raises:
+        RecipeError: the model's forward fixes the batch size, or depends on values.
+    """
+    call = two_samples(call)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(model, *call, dynamic_shapes=dynamic_batch(call), strict=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"the model has no graph for every batch size: {type(error).__name__}: {reason}; leave out "
+                "exporters that need one, or take sizes from x.shape in forward"
+            ) from error
+
+
+def dynamic_batch(call: Call) -> Any:  # noqa: ANN401  # a ShapesCollection, which torch leaves untyped
+    """Say to torch.export which dimensions vary: the batch, and of token sequences the length."""
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    size = batch_size(call)
+    for leaf in pytree.tree_leaves(call):
+        if batched(leaf, size):
+            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+            if not leaf.is_floating_point() and leaf.dim() == 2:  # token ids and their masks
+                shapes[leaf][1] = torch.export.Dim.AUTO
+    return shapes

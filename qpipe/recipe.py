@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -96,6 +96,12 @@ class Recipe:
             if role in rule.edits and fnmatchcase(name, rule.match):
                 chosen = rule.edits[role].apply(chosen, base)
         return chosen
+
+    def every_slot(self) -> Iterator[tuple[Role, Slot]]:
+        """Yield every slot a tensor of the model may get."""
+        for role, base in ((Role.WEIGHT, self.weight), (Role.ACTIVATION, self.activation)):
+            edits = [rule.edits[role].apply(base, base) for rule in self.layers if role in rule.edits]
+            yield from ((role, slot) for slot in (base, *edits) if slot is not None)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,10 +16,11 @@ from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 from torch import nn
 
-from qpipe import QuantSpec, Recipe, Role, Slot, Target
+from qpipe import ExportContext, QuantSpec, Recipe, Role, Slot, Target, Task
 from qpipe.__main__ import main
 from qpipe.nn import edge_quantizers, observing
 from qpipe.stages.calibrate import calibrate_weights, fit, needed
+from qpipe.stages.prepare import prepare
 
 Install = Callable[..., Path]
 THINGS = '''
@@ -184,3 +186,20 @@ def toyrun(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return main([*model, *SMALL, "evaluator=[size]", "tracker=toy", *words])
 
     return run
+
+
+@pytest.fixture
+def make_context(
+    make_recipe: Callable[..., Recipe], calibrate_on: Callable[..., None], tmp_path: Path
+) -> Callable[..., ExportContext]:
+    """Return a function that calibrates a model on its first batch and gives what exporters get."""
+
+    def make(model: nn.Module, batches: Any, recipe: Recipe | None = None) -> ExportContext:  # noqa: ANN401
+        recipe, task = recipe or make_recipe(), Task()
+        simulation = copy.deepcopy(model).eval()
+        prepare(simulation, batches, task, recipe)
+        args, kwargs = task.inputs(batches[0])
+        calibrate_on(simulation, *args, **kwargs)
+        return ExportContext(simulation, model.eval(), batches, task, recipe, tmp_path)
+
+    return make

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from qpipe import RecipeError
-from qpipe.calls import Call, batch_size, batched, two_samples
+from qpipe.calls import Call, dynamic_batch, two_samples
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -36,7 +35,7 @@ def trace(model: nn.Module, call: Call, opset: int) -> onnx_ir.Model:
     call = two_samples(call)
     with torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(model, *call, dynamic_shapes=_dynamic(call), strict=False)
+            exported = torch.export.export(model, *call, dynamic_shapes=dynamic_batch(call), strict=False)
             program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
@@ -80,17 +79,6 @@ def write(graph: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Call
         onnx_ir.save(twin, path)
 
     return write_twin
-
-
-def _dynamic(call: Call) -> Any:  # noqa: ANN401  # a ShapesCollection, which torch leaves untyped
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    size = batch_size(call)
-    for leaf in pytree.tree_leaves(call):
-        if batched(leaf, size):
-            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
-            if not leaf.is_floating_point() and leaf.dim() == 2:  # token ids and their masks
-                shapes[leaf][1] = torch.export.Dim.AUTO
-    return shapes
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class OnnxExporter(Exporter):
 
     def reason_not(self, recipe: Recipe) -> str | None:
         """Name the first thing ONNX Runtime has no integer form for."""
-        slots = [*_slots(recipe)]
+        slots = [*recipe.every_slot()]
         static = any(role is Role.ACTIVATION and not slot.spec.dynamic for role, slot in slots)
         reasons = (_reason(role, slot, static) for role, slot in slots)
         return next((reason for reason in reasons if reason is not None), None)
@@ -108,13 +108,6 @@ class OnnxExporter(Exporter):
                 "threads": 1,
                 "batch_size": 1,
             }
-
-
-def _slots(recipe: Recipe) -> Iterator[tuple[Role, Slot]]:
-    """Yield every slot a tensor of the model may get."""
-    for role, base in ((Role.WEIGHT, recipe.weight), (Role.ACTIVATION, recipe.activation)):
-        edits = [rule.edits[role].apply(base, base) for rule in recipe.layers if role in rule.edits]
-        yield from ((role, slot) for slot in (base, *edits) if slot is not None)
 
 
 def _reason(role: Role, slot: Slot, static: bool) -> str | None:
