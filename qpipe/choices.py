@@ -42,8 +42,6 @@ def build_recipe(config: _Config, registry: PluginRegistry) -> Recipe:
     }
     layers = tuple(_rule(rule, config, registry) for rule in _rules(config.get("layers") or ()))
     recipe = Recipe(weight, activation, target, layers, **several, gate=_gate(config.get("gate")))
-    for strategy in recipe.finetune:
-        strategy.check(recipe)
     notices += _not_executed(recipe)
     reached = replace(recipe, layers=(*recipe.layers, *_reached(recipe)))
     exporters = []
@@ -226,8 +224,13 @@ def _reached(recipe: Recipe) -> Iterator[LayerRule]:
     for strategy in recipe.finetune:
         for role, edit in strategy.edits(recipe):
             base = recipe.weight if role is Role.WEIGHT else recipe.activation
-            if (slot := edit.apply(base, base)) is not None:
-                _checked(slot, role)
+            slot = edit.apply(base, base)
+            try:
+                _checked(slot, role) if slot is not None else None
+            except RecipeError as error:
+                raise RecipeError(
+                    f"finetune '{strategy.name}' may choose {dict(edit.spec)}: {error}"
+                ) from None
             yield LayerRule("*", {role: edit})
 
 

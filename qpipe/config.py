@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
@@ -51,6 +52,10 @@ def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, 
     words = unfold(words, options)
     config = _compose(translate(words, options), words, options, file)
     if file is None:
+        own = {*options, *yaml.safe_load((conf_dir() / "config.yaml").read_text())}
+        config = {
+            key: value for key, value in config.items() if key in own
+        }  # a preset's words are read by now
         config["explicit"] = chosen_groups(words, options)
     for name in _REQUIRED:
         if config.get(name) is None:
@@ -110,6 +115,8 @@ def _explain_key(words: Sequence[str], options: _Groups, file: Path | None) -> N
 
 
 def _check_path(path: list[str], node: Any, options: _Groups) -> None:  # noqa: ANN401  # a node of the tree
+    if path[:1] and path[0] in options and path[0] not in node:
+        return  # a group of which nothing is chosen by itself
     for depth, key in enumerate(path):
         where = ".".join(path[:depth])
         if not isinstance(node, dict):
@@ -117,12 +124,24 @@ def _check_path(path: list[str], node: Any, options: _Groups) -> None:  # noqa: 
             raise RecipeError(f"'{where}' {why} and has no key '{key}'")
         known = {str(k) for k in node} | (set(options) if depth == 0 else set())
         if key not in node:
+            if depth == 0 and (preset := _preset_with(key, options)):
+                raise RecipeError(f"'{key}' is a word of {preset}, which is not chosen; add {preset}")
             hint = suggest(key, known)
             has = ", ".join(sorted(known))
             place = f"'{where}'" if where else "the configuration"
             named = f" ({node['name']})" if "name" in node else ""
             raise RecipeError(f"{place}{named} has no key '{key}'{hint}{' ' if hint else '; '}it has: {has}")
         node = node[key]
+
+
+def _preset_with(key: str, options: _Groups) -> str:
+    """Return the option that brings a key of its own, 'group=name'; '' if none does."""
+    for group, found in options.items():
+        for name, option in found.items():
+            lines = option.path.read_text().splitlines()
+            if "# @package _global_" in lines and any(line.startswith(f"{key}:") for line in lines):
+                return f"{group}={name}"
+    return ""
 
 
 def _check_headers(config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from qpipe.registry import conf_dir, installed_packages
 
 _ORDER = (
     *("model", "data", "task", "target", "weight", "activation", "quantizer", "calibrator", "granularity"),
-    *("layers", "transform", "finetune", "evaluator", "exporter", "tracker", "trainer", "experiment"),
+    *("layers", "transform", "bits", "finetune", "evaluator", "exporter", "tracker", "trainer", "experiment"),
 )
 
 

@@ -51,7 +51,7 @@ def run(
         config: what the recipe was built from; stored as config.yaml, from which the run can be repeated.
         identity: of everything the run depends on, for the report.
     """
-    check_gate(model, task, recipe)
+    _check(model, task, recipe)
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
     with _as_reference(model) as reference, staged(folder) as staging:
@@ -87,7 +87,7 @@ def plan(
     model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe, num_samples: int = 256
 ) -> Report:
     """Say what run() would do: edges, weights, size, and what stays in floating point; nothing is written."""
-    check_gate(model, task, recipe)
+    _check(model, task, recipe)
     calibration = calibration_batches(data, num_samples)
     simulation = shared_copy(model).eval()
     for transform in recipe.transforms:
@@ -148,6 +148,13 @@ def quantize(
     )
     recipe.gate.check(report.metrics)
     return simulation, report
+
+
+def _check(model: nn.Module, task: Task, recipe: Recipe) -> None:
+    """Refuse what has no meaning for this task, before any data is read."""
+    check_gate(model, task, recipe)
+    for strategy in recipe.finetune:
+        strategy.check(recipe, task)
 
 
 def _rows(preparation: Preparation) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:

@@ -21,8 +21,8 @@ class FinetuneStrategy(ABC):
 
     name: ClassVar[str]
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise RecipeError when this has no meaning for the recipe; asked before any data is read."""
+    def check(self, recipe: Recipe, task: Task) -> None:
+        """Raise RecipeError when this has no meaning for them; asked before any data is read."""
 
     def edits(self, recipe: Recipe) -> Iterable[tuple[Role, SlotEdit]]:
         """Return every change of a slot that fit may make, so that exporters can say no before any work."""
