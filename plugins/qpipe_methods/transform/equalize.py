@@ -14,6 +14,7 @@ from qpipe import DataError, Recipe, Task, Transform, hookimpl
 from qpipe.graph import Call, Recording, record
 from qpipe.nn import ChannelClip
 from qpipe.task import Batches
+from qpipe_methods.normal import rescale_normal
 from qpipe_methods.transform._noise import least_noise
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -158,6 +159,7 @@ def rescale(model: nn.Module, pair: Pair, scale: Tensor) -> None:
     weight.div_(scale.reshape(-1, *[1] * (weight.dim() - 1)))
     if (bias := first._parameters["bias"]) is not None:
         bias.div_(scale)
+    rescale_normal(first, scale)
     weight, groups = _weight(second), getattr(second, "groups", 1)
     grouped = weight.view(groups, -1, *weight.shape[1:])
     grouped.mul_(scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2)))

@@ -13,6 +13,7 @@ from qpipe import DataError, Recipe, Task, Transform, hookimpl
 from qpipe.graph import Call, Recording, record
 from qpipe.nn import channels_first
 from qpipe.task import Batches
+from qpipe_methods.normal import note_normal
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -45,6 +46,7 @@ class FoldBatchNorm(Transform):
             raise DataError("the calibration set is empty; give it at least one batch")
         for layer, norm in _pairs(model, record(model, args, kwargs)):
             _fold(layer, norm)
+            note_normal(layer, norm)
             _replace(model, norm)
 
 
