@@ -31,7 +31,7 @@ def build_recipe(config: _Config, registry: PluginRegistry) -> Recipe:
     target = _target(config["target"])
     weight = _slot(config, Role.WEIGHT, registry, notices)
     activation = _slot(config, Role.ACTIVATION, registry, notices)
-    several = {
+    several: dict[str, Any] = {
         field: _several(kind, config, registry)
         for field, kind in (
             ("transforms", "transform"),

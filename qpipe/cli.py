@@ -6,15 +6,19 @@ import argparse
 import inspect
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qpipe.console import aligned, error, notice
 from qpipe.errors import QpipeError, RecipeError
 from qpipe.registry import PluginRegistry
+
+if TYPE_CHECKING:
+    from qpipe.cache import Listed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +91,43 @@ def page(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def cache(arguments: argparse.Namespace) -> int:
+    """List what the cache holds, or remove it."""
+    from qpipe.cache import Store, default_folder, default_limit
+
+    store = Store(default_folder(), default_limit())
+    entries = [entry for entry in store.listed() if not arguments.kinds or entry.kind in arguments.kinds]
+    if arguments.action == "clear":
+        for entry in entries:
+            store.remove(entry.kind, entry.key)
+        print(f"removed {len(entries)} entries, {_mib(entries)} MiB")
+        return 0
+    if arguments.json:
+        print(json.dumps([vars(entry) for entry in entries], indent=1))
+        return 0
+    rows = [["kind", "entries", "MiB", "used from", "to"]]
+    for kind in sorted({entry.kind for entry in entries}):
+        own = [entry for entry in entries if entry.kind == kind]
+        used = sorted(entry.used for entry in own)
+        rows.append([kind, str(len(own)), _mib(own), _age(used[0]), _age(used[-1])])
+    if entries:
+        print("\n".join(aligned(rows)))
+    print(f"{_mib(entries)} MiB of at most {store.limit_bytes / 2**20:,.0f} MiB in {store.folder}")
+    return 0
+
+
+def _mib(entries: Sequence[Listed]) -> str:
+    return f"{sum(entry.num_bytes for entry in entries) / 2**20:,.1f}"
+
+
+def _age(moment: float) -> str:
+    seconds = max(time.time() - moment, 0)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
 def _stored_tracker(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file() or not (folder / "report.json").is_file():
@@ -114,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     pages = commands.add_parser("page", help="make the pages of finished runs and sweeps anew")
     pages.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     pages.set_defaults(command=page)
+    caching = commands.add_parser("cache", help="list what earlier runs left for later ones, or clear it")
+    caching.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
+    caching.add_argument("kinds", nargs="*", metavar="KIND", help="these kinds only: statistics, baseline, …")
+    caching.add_argument("--json", action="store_true")
+    caching.set_defaults(command=cache)
     return parser
 
 

@@ -55,6 +55,8 @@ def summary(report: Report, where: str | None = None) -> None:
         _told(rows)
     for message in report.notices:
         notice(message)
+    if report.reused:
+        notice(f"reused: {', '.join(report.reused)}; cache=false computes everything")
     variants = list(report.metrics)
     names = list(dict.fromkeys(name for metrics in report.metrics.values() for name in metrics))
     figures = [(name, *(_figure(report.metrics[v].get(name)) for v in variants)) for name in names]

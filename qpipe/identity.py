@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpipe.cache import digest
+from qpipe.record import cpu_name
 from qpipe.registry import installed_packages
 
 if TYPE_CHECKING:
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "qpipe-quant"
 _Config = Mapping[str, Any]
-
-
-def digest(*parts: Any) -> str:  # noqa: ANN401  # plain data
-    """Return a name for plain data that is the same wherever the data is."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
@@ -41,6 +36,14 @@ def code_version() -> str:
     return digest({name: _file_digest(file) for name, file in files.items()}, _versions())
 
 
+def machine() -> dict[str, Any]:
+    """Return what the last bits of a result depend on beside the code: processor, threads, GPUs."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
 def source_digest(*values: object) -> str:
     """Name the code of these objects' classes: their files, those of torch and ours left out."""
     files = {_source(cls) for value in values for cls in type(value).__mro__}
@@ -54,7 +57,8 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta:
-            hashed.update(_bytes(tensor))
+            for piece in _bytes(tensor):
+                hashed.update(piece)
     return hashed.hexdigest()
 
 
@@ -107,11 +111,12 @@ def _source(cls: type[Any]) -> str | None:
         return None
 
 
-def _bytes(tensor: Any) -> memoryview:  # noqa: ANN401  # Tensor
+def _bytes(tensor: Any) -> Iterator[memoryview]:  # noqa: ANN401  # Tensor
+    """Yield a tensor's bytes; copied piece by piece, since asking for them all ends the sharing of memory."""
     import torch
 
-    plain = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(plain.view(torch.uint8).numpy())
+    for piece in torch.split(tensor.detach().reshape(-1), 1 << 22):
+        yield piece.cpu().clone().view(torch.uint8).numpy().data
 
 
 def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401  # plain data

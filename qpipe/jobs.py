@@ -8,18 +8,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpipe import console
+from qpipe.cache import Shelf, Store, default_folder, default_limit, digest
 from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
-from qpipe.identity import code_version, data_digest, digest, model_digest, source_digest
+from qpipe.identity import code_version, data_digest, machine, model_digest, source_digest
 from qpipe.objects import build_data, build_model, build_task, build_trainer
 from qpipe.pipeline import plan, run
+from qpipe.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -27,17 +29,74 @@ if TYPE_CHECKING:
 
     from qpipe.kinds.tracker import Tracker
     from qpipe.registry import PluginRegistry
+    from qpipe.statistics import Statistics
     from qpipe.task import Task
     from qpipe.types import Report
 
 PLACE = ("out", "plan", "fail_fast", "tracker", "cache", "explicit")  # what a result does not depend on
+_TRAINING = (  # keys of the trainer that change no forward pass
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "log_every_n_steps", "limit_train_batches"),
+    *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "callbacks"),
+)
 EARLIER = "the whole run, finished earlier"
 PARENT = "QPIPE_PARENT_RUN"  # tells a job launched as its own command which sweep it belongs to
 _Config = Mapping[str, Any]
+_Built = tuple["nn.Module", "LightningDataModule", "Task"]
+
+
+class Session:
+    """What the jobs of one process share: a store, what they are built of, and what is worth collecting.
+
+    Args:
+        several: jobs are to come, so that results are worth their memory.
+        also: statistics that other jobs will want, by the front of their configuration.
+    """
+
+    def __init__(
+        self, several: bool = False, also: Mapping[str, Collection[type[Statistics]]] | None = None
+    ) -> None:
+        self.store = Store(default_folder(), default_limit(), remember=several)
+        self.several = several
+        self.also = also or {}
+        self._built: tuple[str, _Built, Any] | None = None
+
+    def build(self, config: _Config) -> _Built:
+        """Build what a run works on; the seed decides what is random of it."""
+        from pytorch_lightning import seed_everything
+
+        key = front(config) if config["cache"] else ""
+        seed_everything(config["seed"], workers=True, verbose=False)
+        if self._built and self._built[0] == key:
+            set_random_state(self._built[2])  # as it is after building
+            return self._built[1]
+        self._built = None  # before the next one is built: two may not fit
+        built = build_model(config["model"]), build_data(config["data"]), build_task(config["task"])
+        if self.several and key:
+            self._built = (key, built, random_state())
+        return built
+
+    def shelf(self, config: _Config, data: LightningDataModule, task: Task) -> Shelf:
+        """Return the shelf of a job: it depends on code, data, machine and how a model is run."""
+        if not config["cache"] or has_several_processes(config["trainer"]):
+            return Shelf()
+        known = data_digest(config["data"], data)
+        trainer = {key: value for key, value in config["trainer"].items() if key not in _TRAINING}
+        parts = (known or config["data"], config["seed"], config["task"], source_digest(task), trainer)
+        return Shelf(self.store, parts=(code_version(), machine(), *parts), lasting=known is not None)
+
+
+def front(config: _Config) -> str:
+    """Name the part of a configuration that comes before ranges are chosen."""
+    return digest({key: config[key] for key in ("model", "data", "task", "seed", "transform")})
 
 
 def run_job(
-    config: _Config, registry: PluginRegistry, parent: str | None = None, resume: bool = False
+    config: _Config,
+    registry: PluginRegistry,
+    parent: str | None = None,
+    resume: bool = False,
+    session: Session | None = None,
 ) -> Report:
     """Do one run, bracketed by its tracker; mistakes in the configuration are found before it starts.
 
@@ -45,13 +104,14 @@ def run_job(
         resume: where the folder holds this very run already, finished, return its report; where it holds
             one of other weights or data, replace it.
     """
-    _check_seed(config)
+    _check_plain(config)
+    session = session or Session()
     recipe = build_recipe(config, registry)
-    if resume and not config["plan"] and (earlier := earlier_run(config, registry, parent)):
+    if resume and not config["plan"] and (earlier := earlier_run(config, registry, session, parent)):
         recipe.gate.check(earlier.metrics)
         return earlier
     folder = run_folder(config["out"])
-    model, data, task = build(config)
+    model, data, task = session.build(config)
     num_samples = config["data"]["calibration"]["num_samples"]
     console.header(config)
     if config["plan"]:
@@ -59,10 +119,12 @@ def run_job(
         console.summary(report)
         return report
     name = run_identity(config, model, data, task)
+    recipe = replace(recipe, shelf=session.shelf(config, data, task))
+    also = session.also.get(front(config), ())
     with tracked(config, registry, parent) as record:
         trainer = build_trainer(config["trainer"], record.logger)
         own_folder = folder if console.is_rank_zero() else None
-        _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name)
+        _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name, also)
         record.report = report
     console.summary(report, record.where)
     recipe.gate.check(report.metrics)
@@ -76,20 +138,14 @@ def run_identity(config: _Config, model: nn.Module, data: object, task: object) 
     return digest(*parts, source_digest(task))
 
 
-def build(config: _Config) -> tuple[nn.Module, LightningDataModule, Task]:
-    """Build what a run works on; the seed decides what is random of it."""
-    from pytorch_lightning import seed_everything
-
-    seed_everything(config["seed"], workers=True, verbose=False)
-    return build_model(config["model"]), build_data(config["data"]), build_task(config["task"])
-
-
-def earlier_run(config: _Config, registry: PluginRegistry, parent: str | None) -> Report | None:
+def earlier_run(
+    config: _Config, registry: PluginRegistry, session: Session, parent: str | None
+) -> Report | None:
     """Return the finished run in config's folder if it is this very one; clear the folder of another."""
     folder = Path(config["out"])
     if not (folder / "report.json").is_file():
         return None
-    name = run_identity(config, *build(config))
+    name = run_identity(config, *session.build(config))
     if json.loads((folder / "report.json").read_text()).get("identity") == name:
         console.notice(f"reused: {EARLIER}, in {folder}")
         _sync(config, registry, folder, parent)
@@ -109,7 +165,7 @@ def _sync(config: _Config, registry: PluginRegistry, folder: Path, parent: str |
             console.notice(error)
 
 
-def _check_seed(config: _Config) -> None:
+def _check_plain(config: _Config) -> None:
     """Refuse words where a number belongs.
 
     Raises:
@@ -117,6 +173,8 @@ def _check_seed(config: _Config) -> None:
     """
     if type(config["seed"]) is not int:
         raise RecipeError(f"seed={config['seed']} is no whole number; give one, seed=0")
+    if type(config["cache"]) is not bool:
+        raise RecipeError(f"cache={config['cache']} has no meaning; give true or false")
 
 
 class Record:

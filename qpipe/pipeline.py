@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
+from qpipe.cache import Shelf
 from qpipe.choices import build_recipe, library_config
+from qpipe.identity import model_digest
 from qpipe.nn import edge_quantizers
 from qpipe.noise import quiet
 from qpipe.packing import payload_bytes
@@ -31,6 +34,10 @@ from qpipe.types import QParams, Report
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, Trainer
 
+    from qpipe.kinds.finetune import FinetuneStrategy
+    from qpipe.kinds.transform import Transform
+    from qpipe.statistics import Statistics
+
 
 def run(
     model: nn.Module,
@@ -42,6 +49,7 @@ def run(
     num_samples: int = 256,
     config: Mapping[str, Any] | None = None,
     identity: str = "",
+    also: Collection[type[Statistics]] = (),
 ) -> tuple[nn.Module, Report]:
     """Quantize a copy of model, prove it and report; each line needs only the lines above it.
 
@@ -50,22 +58,30 @@ def run(
         num_samples: samples of the calibration set that are read.
         config: what the recipe was built from; stored as config.yaml, from which the run can be repeated.
         identity: of everything the run depends on, for the report.
+        also: statistics to collect in the pass, for later runs of this model.
     """
     _check(model, task, recipe)
+    if trainer.world_size > 1:  # processes that find different things would wait for each other
+        recipe = replace(recipe, shelf=Shelf())
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
     with _as_reference(model) as reference, staged(folder) as staging:
+        shelves = _Shelves(recipe, model, (config or {}).get("trainer"))
         simulation = shared_copy(model).eval()
         for transform in recipe.transforms:
-            transform.apply(simulation, calibration, task, recipe)
+            transform.apply(simulation, calibration, task, shelves.after(transform))
+        facts = shelves.true_of(simulation, "statistics")
         preparation = prepare(simulation, calibration, task, recipe)
-        notices = calibrate(simulation, calibration, task, trainer)
+        with isolate_rng():  # what follows draws the same numbers whether a pass was needed or not
+            notices = calibrate(simulation, calibration, task, trainer, facts, also)
         told: dict[str, Any] = {}
         for strategy in recipe.finetune:
-            told |= strategy.fit(simulation, reference, data, task, recipe, trainer) or {}
+            told |= strategy.fit(simulation, reference, data, task, shelves.after(strategy), trainer) or {}
         final = preparation.now(simulation)
         artifacts = export(simulation, reference, evaluation, task, recipe, staging)
-        metrics, tables = evaluate(simulation, reference, artifacts, evaluation, task, recipe, trainer)
+        metrics, tables = evaluate(
+            simulation, reference, artifacts, evaluation, task, recipe, trainer, shelves.baseline
+        )
         report = Report(
             metrics,
             *_rows(final),
@@ -76,11 +92,37 @@ def run(
             told | tables,
             folder,
             identity,
+            tuple(f"{kind} ({count})" for kind, count in sorted(recipe.shelf.taken.items()) if count),
         )
         write_record(report, config, staging)
         if folder:
             write_page(staging, known_as=folder)
     return simulation, report
+
+
+class _Shelves:
+    """The shelf of each step: it depends on what was chosen, and on what was done before.
+
+    Args:
+        training: how the trainer trains.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, training: Any) -> None:  # noqa: ANN401  # plain data
+        self.recipe = recipe
+        self.shelf = recipe.shelf
+        weights = model_digest(model) if self.shelf.store else ""
+        self.baseline = self.shelf.of("baseline", weights)
+        slots = (recipe.weight, recipe.activation, recipe.layers, recipe.target)
+        self.parts: tuple[Any, ...] = (weights, slots, training)
+
+    def after(self, step: Transform | FinetuneStrategy) -> Recipe:
+        """Return the recipe with the shelf of a step."""
+        self.parts = (*self.parts, step)
+        return replace(self.recipe, shelf=self.shelf.of(step.name, *self.parts))
+
+    def true_of(self, model: nn.Module, kind: str) -> Shelf:
+        """Return the shelf of what is true of a float model, whatever else was chosen."""
+        return self.shelf.of(kind, model_digest(model)) if self.shelf.store else self.shelf
 
 
 def plan(

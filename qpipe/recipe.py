@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qpipe.cache import Shelf
 from qpipe.gate import Gate
 from qpipe.kinds.calibrator import Calibrator
 from qpipe.kinds.evaluator import Evaluator
@@ -76,7 +77,12 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be done; weight or activation None leaves that role in floating point."""
+    """What is to be done; weight or activation None leaves that role in floating point.
+
+    Args:
+        shelf: where transforms and strategies keep results they would not like to compute again; its entries
+            depend on all that was chosen and done before the one it is handed to.
+    """
 
     weight: Slot | None
     activation: Slot | None
@@ -88,6 +94,7 @@ class Recipe:
     exporters: tuple[Exporter, ...] = ()
     gate: Gate = field(default_factory=Gate)  # open
     notices: tuple[str, ...] = ()  # stand-ins and exporters passed over, decided while the recipe was built
+    shelf: Shelf = field(default_factory=Shelf, compare=False, kw_only=True)
 
     def slot(self, name: str, role: Role) -> Slot | None:
         """Return the slot of a weight (by module path) or an edge (by name), rules applied first to last."""

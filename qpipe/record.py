@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -97,7 +97,8 @@ def strict(value: Any) -> Any:  # noqa: ANN401  # a tree of plain values
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

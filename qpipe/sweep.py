@@ -10,7 +10,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qpipe import console
+from qpipe.cache import digest
+from qpipe.choices import build_recipe
 from qpipe.errors import GateError, QpipeError, RecipeError
-from qpipe.identity import code_version, digest
+from qpipe.identity import code_version
 from qpipe.jobs import (
     EARLIER,
     PLACE,
+    Session,
     earlier_run,
+    front,
     has_several_processes,
     launch,
     make_tracker,
@@ -33,9 +37,12 @@ from qpipe.jobs import (
 )
 from qpipe.page.sweep import write_sweep_page
 from qpipe.record import strict, write_aside
+from qpipe.stages.calibrate import needed
+from qpipe.types import Role
 
 if TYPE_CHECKING:
     from qpipe.registry import PluginRegistry
+    from qpipe.statistics import Statistics
 
 FILE, TABLE = "sweep.json", "sweep.csv"
 _Config = Mapping[str, Any]
@@ -166,12 +173,13 @@ def _run(sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry) -> 
     tracker = make_tracker(configs[0], registry)
     sweep.parent = tracker.start_sweep(configs[0], sweep.parent) if tracker else None
     bad: list[Row] = []
+    session = Session(several=True, also=wanted(configs, registry))
     try:
         sweep.write()
         for row, config in zip(sweep.rows, configs, strict=True):
             console.notice(f"job {row.index + 1} of {len(sweep.rows)}: {row.varied}")
             place = {**config, "out": str(sweep.folder / row.folder)}
-            _attempt(row, place, registry, sweep.parent)
+            _attempt(row, place, registry, sweep.parent, session)
             sweep.write()
             if row.status in ("failed", "missed") and config["fail_fast"]:
                 break
@@ -187,14 +195,29 @@ def _run(sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry) -> 
     return 4 if bad else 0
 
 
-def _attempt(row: Row, config: _Config, registry: PluginRegistry, parent: str | None) -> None:
+def wanted(configs: Sequence[_Config], registry: PluginRegistry) -> dict[str, set[type[Statistics]]]:
+    """Return the statistics that jobs with the same front want, so that the first collects them all."""
+    found: dict[str, set[type[Statistics]]] = {}
+    for config in configs:
+        with suppress(QpipeError):  # said when its turn comes
+            recipe = build_recipe(config, registry)
+            edits = [rule.edits[role] for rule in recipe.layers if (role := Role.ACTIVATION) in rule.edits]
+            slots = [recipe.activation, *(edit.apply(recipe.activation, recipe.activation) for edit in edits)]
+            static = [slot for slot in slots if slot and not slot.spec.dynamic]
+            found.setdefault(front(config), set()).update(needed(slot) for slot in static)
+    return found
+
+
+def _attempt(
+    row: Row, config: _Config, registry: PluginRegistry, parent: str | None, session: Session
+) -> None:
     """Run one job of a sweep; why it failed is printed and kept in its row, and the sweep goes on."""
     start = time.perf_counter()
     try:
         if has_several_processes(config["trainer"]) and not config["plan"]:
-            report = earlier_run(config, registry, parent) or launch(row.words, config, parent)
+            report = earlier_run(config, registry, session, parent) or launch(row.words, config, parent)
         else:
-            report = run_job(config, registry, parent, resume=True)
+            report = run_job(config, registry, parent, resume=True, session=session)
         row.status, row.reused, row.metrics = "finished", EARLIER in report.reused, report.metrics
     except GateError as error:
         console.error(error)
@@ -210,9 +233,10 @@ def _attempt(row: Row, config: _Config, registry: PluginRegistry, parent: str | 
 
 
 def _plan(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegistry) -> int:
+    session = Session(several=True)
     for row, config in zip(rows, configs, strict=True):
         console.notice(f"job {row.index + 1} of {len(rows)}: {row.varied}")
-        _attempt(row, config, registry, None)
+        _attempt(row, config, registry, None, session)
     console.sweep(rows)
     return 4 if any(row.status == "failed" for row in rows) else 0
 

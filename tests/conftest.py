@@ -167,6 +167,14 @@ def calibrate_on() -> Callable[..., None]:
     return calibrate
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no test find what an earlier session kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def toyrun(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Return the command on a toy model, in an empty folder; what its tracker heard is in told.txt."""

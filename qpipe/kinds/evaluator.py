@@ -42,6 +42,7 @@ class Evaluator(ABC):
 
     name: ClassVar[str]
     measured: ClassVar[tuple[str, ...]] = ()  # the names measure() returns, as far as they are known before
+    repeatable: ClassVar[bool] = True  # measures the same of the same model again; a time does not
 
     def metrics(self, task: Task, variant: str) -> Mapping[str, Metric]:
         """Metrics fed in the shared pass: update(output, reference_output, batch); named with their unit."""

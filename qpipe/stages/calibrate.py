@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from inspect import isabstract
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 
+from qpipe.cache import Entry, Shelf
 from qpipe.errors import DataError, RecipeError
 from qpipe.nn import FakeQuant, disabled, edge_quantizers, weight_quantizers
 from qpipe.recipe import Slot
 from qpipe.stages.data import process
 from qpipe.stages.forward import forward_pass
 from qpipe.statistics import Extremes, Histogram, Samples, Statistics
-from qpipe.types import QParams
+from qpipe.types import QParams, Range
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -23,14 +24,25 @@ if TYPE_CHECKING:
     from qpipe.task import Batches, Task
 
 
-def calibrate(model: nn.Module, batches: Batches, task: Task, trainer: Trainer) -> tuple[str, ...]:
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    trainer: Trainer,
+    shelf: Shelf | None = None,
+    also: Collection[type[Statistics]] = (),
+) -> tuple[str, ...]:
     """Fit the parameters of every static quantizer in model; return what the user should know.
+
+    Args:
+        shelf: statistics of this model and these batches that were collected before.
+        also: statistics to collect in the same pass, for others who will look on the shelf.
 
     Raises:
         DataError: weights or activations hold NaN or infinity.
     """
     calibrate_weights(model)
-    return calibrate_activations(model, batches, task, trainer)
+    return calibrate_activations(model, batches, task, trainer, shelf, also)
 
 
 def calibrate_weights(model: nn.Module) -> None:
@@ -48,7 +60,12 @@ def calibrate_weights(model: nn.Module) -> None:
 
 
 def calibrate_activations(
-    model: nn.Module, batches: Batches, task: Task, trainer: Trainer
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    trainer: Trainer,
+    shelf: Shelf | None = None,
+    also: Collection[type[Statistics]] = (),
 ) -> tuple[str, ...]:
     """Fit the parameters of static activations to what one pass over the batches shows.
 
@@ -60,7 +77,7 @@ def calibrate_activations(
     edges = [edge for edge in edge_quantizers(model) if not edge.slot.spec.dynamic]
     if not edges:
         return ()
-    seen = observe(model, edges, batches, task, trainer)
+    seen = observe(model, edges, batches, task, trainer, shelf, also)
     for edge, stats in seen.items():
         check_finite(edge.name, stats)
     for slot, group in by_slot(list(seen)):
@@ -72,18 +89,57 @@ def calibrate_activations(
 
 
 def observe(
-    model: nn.Module, edges: Sequence[FakeQuant], batches: Batches, task: Task, trainer: Trainer
+    model: nn.Module,
+    edges: Sequence[FakeQuant],
+    batches: Batches,
+    task: Task,
+    trainer: Trainer,
+    shelf: Shelf | None = None,
+    also: Collection[type[Statistics]] = (),
 ) -> dict[FakeQuant, Statistics]:
-    """Return what one pass over the batches of all processes shows at each edge that is reached."""
-    seen: dict[FakeQuant, Statistics] = {}
+    """Return what the batches of all processes show at each edge that is reached.
+
+    One pass shows all that the shelf lacks; where it lacks nothing, no batch is read.
+    """
+    shelf = shelf or Shelf()
+    seen = {edge: known for edge in edges if (known := _recall(shelf, edge)) is not None}
+    lacking = [edge for edge in edges if edge not in seen]
+    if lacking:
+        seen |= _collect(model, lacking, batches, task, trainer, shelf, also)
+    return {edge: seen[edge] for edge in edges if seen[edge].seen}
+
+
+def _recall(shelf: Shelf, edge: FakeQuant) -> Statistics | None:
+    kind = needed(edge.slot)
+    entry = shelf.get(_label(edge, kind))
+    return None if entry is None else kind.from_state(entry.tensors)
+
+
+def _collect(
+    model: nn.Module,
+    edges: Sequence[FakeQuant],
+    batches: Batches,
+    task: Task,
+    trainer: Trainer,
+    shelf: Shelf,
+    also: Collection[type[Statistics]],
+) -> dict[FakeQuant, Statistics]:
+    """Pass the batches through the model once and keep on the shelf what is seen."""
+    kinds = {edge: _kinds(needed(edge.slot), also) for edge in edges}
+    merged: dict[str, Statistics] = {}
 
     def start() -> None:
         for edge in edges:
-            edge.statistics = needed(edge.slot).start(*process())
+            edge.statistics = Together([kind.start(*process()) for kind in kinds[edge]])
 
     def merge() -> None:
-        merged = merge_over_processes({edge.name: edge.statistics for edge in edges if edge.statistics})
-        seen.update({edge: merged[edge.name] for edge in edges if edge.name in merged})
+        parts = {
+            f"{edge.name} {kind.__name__}": part
+            for edge in edges
+            if isinstance(edge.statistics, Together)
+            for kind, part in zip(kinds[edge], edge.statistics.parts, strict=True)
+        }
+        merged.update(merge_over_processes(parts))
 
     try:
         with disabled(model):  # the float model's: the same facts for every recipe
@@ -91,7 +147,45 @@ def observe(
     finally:
         for edge in edges:
             edge.statistics = None
+    seen = {}
+    for edge in edges:
+        facts = {kind: merged.get(f"{edge.name} {kind.__name__}", kind.start()) for kind in kinds[edge]}
+        facts[Extremes] = Extremes(*vars(next(iter(facts.values())).extremes()).values())
+        for kind, stats in facts.items():
+            shelf.put(_label(edge, kind), Entry(stats.state()))
+        seen[edge] = facts[needed(edge.slot)]
     return seen
+
+
+def _kinds(own: type[Statistics], also: Collection[type[Statistics]]) -> list[type[Statistics]]:
+    """Return the statistics to collect: extremes are part of any other."""
+    return [kind for kind in dict.fromkeys([own, *also]) if kind is not Extremes] or [Extremes]
+
+
+def _label(edge: FakeQuant, kind: type[Statistics]) -> list[Any]:
+    """Say what is observed: which call, in which blocks, how."""
+    place = {key: value for key, value in vars(edge.edge).items() if key != "consumers"} if edge.edge else {}
+    return [place, edge.slot.granularity, f"{kind.__module__}.{kind.__qualname__}"]
+
+
+class Together(Statistics):
+    """Several statistics of one tensor, fed by one pass."""
+
+    def __init__(self, parts: Sequence[Statistics]) -> None:
+        self.parts = parts
+
+    def update(self, blocks: Tensor) -> None:
+        """Feed each."""
+        for part in self.parts:
+            part.update(blocks)
+
+    def merge(self, other: Self) -> Self:
+        """Merge each."""
+        return type(self)([part.merge(theirs) for part, theirs in zip(self.parts, other.parts, strict=True)])
+
+    def extremes(self) -> Range:
+        """Return the first one's."""
+        return self.parts[0].extremes()
 
 
 def needed(slot: Slot) -> type[Statistics]:

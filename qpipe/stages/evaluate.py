@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qpipe.cache import Entry, Shelf
 from qpipe.kinds.evaluator import Evaluator, Subject
 from qpipe.stages.forward import forward_pass, has_own_steps, own_pass
 from qpipe.types import Artifact
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qpipe.task import Batches, Task
 
 CACHE_BYTES = 256 * 2**20  # of reference outputs; beyond it they are computed again for each variant
+_LEAST_ROOM = CACHE_BYTES - 32 * 2**20  # left of them, or the outputs are too many for the store
 
 Figures = dict[str, dict[str, float]]
 
@@ -52,8 +54,12 @@ def evaluate(
     task: Task,
     recipe: Recipe,
     trainer: Trainer,
+    shelf: Shelf | None = None,
 ) -> tuple[Figures, dict[str, Any]]:
     """Return metrics by variant and name, and tables by evaluator and variant.
+
+    Args:
+        shelf: what was measured of this float model on these batches before.
 
     The variants are 'fp32', 'simulated' and the exporter's name of every file an engine executes.
     """
@@ -66,9 +72,10 @@ def evaluate(
     figures: Figures = {}
     tables: dict[str, Any] = {}
     for variant, (model, artifact) in variants.items():
-        figures[variant] = _pass(variant, model, reference, outputs, batches, task, recipe, trainer)
+        known = shelf or Shelf() if variant == "fp32" else Shelf()
+        figures[variant] = _pass(variant, model, reference, outputs, batches, task, recipe, trainer, known)
         subject = Subject(variant, model, reference, batches, task, recipe, artifact)
-        measured, rows = measure(subject, trainer.strategy.root_device)
+        measured, rows = measure(subject, trainer.strategy.root_device, known)
         figures[variant] |= measured
         tables |= rows
     return figures, tables
@@ -92,11 +99,33 @@ class ReferenceOutputs:
 
     def get(self, index: int, batch: Any) -> Any:  # noqa: ANN401
         """Return the output of a batch, computed if it was not kept."""
-        if index in self.outputs:
-            return self.outputs[index]
         device = next((leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        if index in self.outputs:
+            return move_data_to_device(self.outputs[index], device) if device else self.outputs[index]
         args, kwargs = self.task.inputs(batch)
         return self.model.to(device)(*args, **kwargs)
+
+    def entry(self, data: Any) -> Entry:  # noqa: ANN401
+        """Return data with the outputs, if they are tensors in plain containers and not too many."""
+        leaves, spec = pytree.tree_flatten([self.outputs[index] for index in sorted(self.outputs)])
+        complete = [*sorted(self.outputs)] == [*range(len(self.outputs))]
+        if not complete or not all(isinstance(leaf, Tensor) for leaf in leaves) or self.room < _LEAST_ROOM:
+            return Entry(data=[data, None])
+        try:
+            text = pytree.treespec_dumps(spec)
+        except NotImplementedError:  # a container nobody can name
+            return Entry(data=[data, None])
+        return Entry({str(i): leaf for i, leaf in enumerate(leaves)}, [data, text])
+
+    def load(self, entry: Entry) -> Any:  # noqa: ANN401
+        """Remember an entry's outputs, and return its data."""
+        data, text = entry.data
+        if text is not None:
+            leaves = [entry.tensors[str(i)] for i in range(len(entry.tensors))]
+            outputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(text))
+            for index, output in enumerate(outputs):
+                self.remember(index, output)
+        return data
 
 
 def _pass(
@@ -108,8 +137,12 @@ def _pass(
     task: Task,
     recipe: Recipe,
     trainer: Trainer,
+    shelf: Shelf,
 ) -> dict[str, float]:
     """Feed every evaluator's metrics from one pass of the batches through a variant."""
+    if (entry := shelf.get(["pass", recipe.evaluators])) is not None:
+        figures: dict[str, float] = outputs.load(entry)
+        return figures
     metrics: dict[str, Metric] = {}
     for evaluator in recipe.evaluators:
         metrics |= evaluator.metrics(task, variant)
@@ -129,7 +162,10 @@ def _pass(
         own = own_pass(stand_in(reference.model, model), batches, task, trainer, title, each)
     elif metrics:
         forward_pass(model, batches, task, trainer, title, each)
-    return own | {name: float(metric.compute()) for name, metric in metrics.items()}
+    figures = own | {name: float(metric.compute()) for name, metric in metrics.items()}
+    if shelf.store:
+        shelf.put(["pass", recipe.evaluators], outputs.entry(figures))
+    return figures
 
 
 def stand_in(module: nn.Module, model: nn.Module) -> LightningModule:
@@ -143,7 +179,7 @@ def stand_in(module: nn.Module, model: nn.Module) -> LightningModule:
     return double
 
 
-def measure(subject: Subject, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(subject: Subject, device: torch.device, shelf: Shelf) -> tuple[dict[str, float], dict[str, Any]]:
     """Return what every evaluator measures outside the pass, model and batches being on a device."""
     figures: dict[str, float] = {}
     tables: dict[str, Any] = {}
@@ -155,8 +191,12 @@ def measure(subject: Subject, device: torch.device) -> tuple[dict[str, float], d
             model.to(device)
         moved = Subject(**{**vars(subject), "batches": OnDevice(subject.batches, device)})
         for evaluator in subject.recipe.evaluators:
-            figures |= evaluator.measure(moved)
-            rows = evaluator.tables(moved)
+            entry = shelf.get(["measure", evaluator])
+            if entry is None:
+                entry = Entry(data=[dict(evaluator.measure(moved)), dict(evaluator.tables(moved))])
+                shelf.put(["measure", evaluator], entry, evaluator.repeatable)
+            measured, rows = entry.data
+            figures |= measured
             if rows:
                 tables[f"{subject.variant}.{evaluator.name}"] = rows
     finally:

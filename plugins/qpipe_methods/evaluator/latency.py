@@ -25,6 +25,7 @@ class LatencyEvaluator(Evaluator):
 
     name = "latency"
     measured = ("latency_ms", "latency_p95_ms")
+    repeatable = False
 
     def __init__(self, seconds: float = 0.5, max_calls: int = 200, threads: int = 1) -> None:
         self.seconds = seconds
