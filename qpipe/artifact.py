@@ -106,13 +106,14 @@ def _packed(weight: QuantizedWeight) -> Tensor:
 
 
 def _entry(fake_quant: FakeQuant, slots: list[dict[str, Any]]) -> dict[str, Any]:
-    slot = _described(fake_quant.slot)
+    slot = described(fake_quant.slot)
     if slot not in slots:
         slots.append(slot)
     return {"slot": slots.index(slot), "enabled": fake_quant.enabled}
 
 
-def _described(slot: Slot) -> dict[str, Any]:
+def described(slot: Slot) -> dict[str, Any]:
+    """Return a slot as plain data, the arguments of its parts with it."""
     parts = {kind: getattr(slot, kind) for kind in ("quantizer", "calibrator", "granularity")}
     described = {kind: {"name": part.name, **_arguments(part)} for kind, part in parts.items()}
     return described | {"spec": asdict(slot.spec)}

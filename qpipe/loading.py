@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpipe.artifact import CODES, FORMAT, MANIFEST, PLAIN, example, read_codes, sha256, state_key
-from qpipe.errors import DataError, QpipeError
-from qpipe.nn import ChannelClip, FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
-from qpipe.packing import packed_bytes, unpack
+from qpipe.artifact import PLAIN, example, read_codes, sha256
+from qpipe.errors import DataError
+from qpipe.nn import ChannelClip
 from qpipe.recipe import Recipe, Slot
 from qpipe.registry import PluginRegistry
+from qpipe.restoring import codes_folder, fitting, restore
 from qpipe.stages.prepare import prepare
 from qpipe.task import Task
 from qpipe.types import QuantSpec, Role, Target
@@ -38,7 +38,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
     folder = Path(folder)
     if model is None:
         return _load_executable(folder)
-    return _load_codes(_codes_folder(folder), model if isinstance(model, nn.Module) else model())
+    return _load_codes(codes_folder(folder), model if isinstance(model, nn.Module) else model())
 
 
 def _load_executable(folder: Path) -> nn.Module:
@@ -67,29 +67,13 @@ def _artifacts(folder: Path) -> list[Mapping[str, Any]]:
     return [artifact for artifact in artifacts if isinstance(artifact, dict)]
 
 
-def _codes_folder(folder: Path) -> Path:
-    for path in (folder / MANIFEST, *sorted(folder.glob(f"*/{MANIFEST}"))):
-        if path.is_file() and FORMAT in path.read_text(errors="replace"):
-            return path.parent
-    raise DataError(f"{folder} holds no stored codes ({MANIFEST}); export with exporter=[safetensors]")
-
-
 def _load_codes(folder: Path, model: nn.Module) -> nn.Module:
     manifest, tensors = read_codes(folder)
     model = model.eval()
-    try:
+    with fitting(folder, model):
         _take_structure(model, manifest, tensors)
         prepare(model, [example(manifest["call"])], _Example(), _recipe(manifest))
-        _check_names(model, manifest)
-        _take_floats(model, tensors)
-        _take_codes(model, tensors)
-        _switch_off(model, manifest)
-    except QpipeError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-        raise DataError(
-            f"{folder} does not fit {type(model).__name__} ({error}); give the model it was made from"
-        ) from error
+        restore(model, manifest, tensors)
     return model
 
 
@@ -146,69 +130,3 @@ def _take_structure(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapp
         path, _, name = key.rpartition(".")
         if path in modules and modules[path]._parameters.get(name, value) is None:
             modules[path].register_parameter(name, nn.Parameter(torch.empty_like(value), requires_grad=False))
-
-
-def _check_names(model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    found = {
-        "weight": {state_key(w) for w in weight_quantizers(model)},
-        "edge": {e.name for e in edge_quantizers(model)},
-    }
-    for what, names in found.items():
-        if different := sorted(names ^ set(manifest[f"{what}s"])):
-            raise DataError(
-                f"{what} '{different[0]}' is quantized either in {type(model).__name__} or as stored, "
-                "not in both; give the model it was made from"
-            )
-
-
-def _take_floats(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    floats = {key: value for key, value in tensors.items() if not key.endswith(CODES)}
-    absent, unknown = model.load_state_dict(floats, strict=False)
-    for fake_quant in (m for m in model.modules() if isinstance(m, FakeQuant) and m.slot.spec.symmetric):
-        fake_quant.zero_point = torch.zeros_like(fake_quant.scale)
-    state = model.state_dict(keep_vars=True)
-    given = {id(state[key]) for key in floats if key in state} | {
-        id(w.parameter) for w in weight_quantizers(model)
-    }
-    lost = [key for key in absent if id(state[key]) not in given and not key.endswith(".zero_point")]
-    if unknown or lost:
-        raise DataError(
-            f"the stored tensors and {type(model).__name__} do not have '{(unknown + lost)[0]}' in common; "
-            "give the model it was made from"
-        )
-
-
-def _take_codes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    weights = weight_quantizers(model)
-    stored = [weight for weight in weights if state_key(weight) + CODES in tensors]
-    for weight in stored:
-        _take_weight(weight, tensors[state_key(weight) + CODES])
-    taken = {id(weight.parameter) for weight in stored}
-    if lost := [weight.name for weight in weights if id(weight.parameter) not in taken]:
-        raise DataError(f"the stored tensors hold no codes of '{lost[0]}'; export the model again")
-
-
-@torch.no_grad()
-def _take_weight(weight: QuantizedWeight, packed: Tensor) -> None:
-    fake_quant, before = weight.fake_quant, weight.blocks_input()
-    slot, qparams = fake_quant.slot, fake_quant.qparams()
-    quantizer, spec = slot.quantizer, slot.spec
-    blocks, num_bits = slot.granularity.to_blocks(before), quantizer.code_bits(spec)
-    shape = (blocks.shape[0], quantizer.num_codes(blocks.shape[1]))
-    num_codes = shape[0] * shape[1]
-    if packed.dtype is not torch.uint8 or packed.numel() != packed_bytes(num_codes, num_bits):
-        raise DataError(
-            f"{packed.numel()} bytes hold no {num_codes} codes of {num_bits} bits of '{weight.name}'; "
-            "give the model it was made from"
-        )
-    codes = unpack(packed, num_bits, num_codes).view(shape).to(torch.float32) + quantizer.code_min(spec)
-    x = slot.granularity.from_blocks(quantizer.dequantize(codes, qparams, spec), before.shape)
-    weight.write(x)
-    # levels that rounding moves on (not every codebook is its own nearest) are kept as they were stored
-    fake_quant.enabled = torch.equal(fake_quant(weight.blocks_input()), weight.blocks_input())
-
-
-def _switch_off(model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Leave in floating point what was left so; weights that were already hold their float values."""
-    for edge in edge_quantizers(model):
-        edge.enabled = bool(manifest["edges"][edge.name]["enabled"])

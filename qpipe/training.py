@@ -13,6 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_type_hints
 
 import torch
@@ -27,6 +28,8 @@ from qpipe.kinds.finetune import FinetuneStrategy
 from qpipe.nn import FakeQuant, edge_quantizers, observing, on_blocks, weight_quantizers
 from qpipe.noise import quiet
 from qpipe.recipe import Slot
+from qpipe.restoring import codes_folder, start_from
+from qpipe.resuming import Saved
 from qpipe.statistics import Extremes
 from qpipe.task import Task
 from qpipe.types import QParams
@@ -74,6 +77,7 @@ class Training(TypedDict, total=False):
     keep_zeros: bool
     distill: Mapping[str, Any] | None
     compile: bool
+    artifact: str | None
     resume: str | None
 
 
@@ -87,6 +91,7 @@ _DEFAULTS: Training = {
     "keep_zeros": True,
     "distill": None,
     "compile": False,
+    "artifact": None,
     "resume": None,
 }
 
@@ -105,7 +110,9 @@ class TrainingStrategy(FinetuneStrategy):
         keep_zeros: weights that are exactly zero at the start (pruned ones) stay zero.
         distill: arguments of Distillation.
         compile: run the training steps compiled; needs a C++ compiler.
-        resume: a checkpoint of Lightning's to go on from.
+        artifact: a run's folder whose stored codes and ranges training starts from, not this run's own.
+        resume: a folder: training is saved there after each epoch, and the same command goes on from there;
+            or a checkpoint file of Lightning's to go on from.
     """
 
     def __init__(self, **training: Unpack[Training]) -> None:
@@ -122,6 +129,11 @@ class TrainingStrategy(FinetuneStrategy):
             if self.training[key] not in allowed:
                 raise ValueError(f"{key} is one of {', '.join(allowed)}, not {self.training[key]!r}")
         optimizer_class(self.training["optimizer"])
+        if self.training["artifact"] is not None:
+            _check_artifact(Path(self.training["artifact"]))
+        resume = self.training["resume"]
+        if resume is not None and resume.endswith(".ckpt") and not Path(resume).is_file():
+            raise RecipeError(f"resume={resume}: there is no such file")
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return what trains a quantizer, or None to leave its parameters and pass straight through."""
@@ -146,14 +158,19 @@ class TrainingStrategy(FinetuneStrategy):
             DataError: there is nothing to train on.
         """
         self._check_fits(model, data, task)
+        if self.training["artifact"] is not None:
+            start_from(Path(self.training["artifact"]), model)
         with self._learning(model) as learners:
             self.begin(model, data, task)
             loop = self._module(model, reference, task, learners)
+            saved = Saved.of(self.training["resume"], f"{self.name} {self.training}")
             with ExitStack() as stack:
                 stack.enter_context(quiet())
                 stack.enter_context(_fresh(trainer, self.training["epochs"]))
                 stack.enter_context(listening(trainer, _Hooks(model, task, learners, self.training)))
-                trainer.fit(loop, datamodule=data, ckpt_path=self.training["resume"])
+                if saved.saving is not None:
+                    stack.enter_context(listening(trainer, saved.saving))
+                trainer.fit(loop, datamodule=data, ckpt_path=saved.found(loop))
 
     def _check_fits(self, model: nn.Module, data: LightningDataModule, task: Task) -> None:
         if not is_overridden("train_dataloader", data, LightningDataModule):
@@ -199,6 +216,13 @@ class TrainingStrategy(FinetuneStrategy):
             assert isinstance(model, LightningModule)  # noqa: S101  # for the type checker
             return model
         return _Loop(model, reference.model, task, self, learners)
+
+
+def _check_artifact(folder: Path) -> None:
+    try:
+        codes_folder(folder)
+    except DataError as error:
+        raise RecipeError(f"artifact={error}") from None
 
 
 def fake_quants(model: nn.Module) -> list[FakeQuant]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qpipe import DataError, RecipeError, Task
+from qpipe.nn import weight_quantizers
 from qpipe.pipeline import quantize
 from qpipe.training import fake_quants, optimizer_class, reestimate
 
@@ -136,6 +137,111 @@ def test_reestimated_statistics_are_plain_means() -> None:
     reestimate(norm, batches, Task())
     assert norm.running_mean.tolist() == [5.5, 2.0]
     assert norm.running_var.tolist() == [1.0, 2.0]
+
+
+class CutAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:  # noqa: ANN401
+        if trainer.global_step == self.step:
+            raise KeyError("cut")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "lsq"},
+        {"name": "prune"},
+        {"name": "gradual", "bits": [8]},
+        {"name": "qat", "ranges": "moving"},
+    ],
+)
+def test_the_same_command_goes_on_from_the_last_epoch_and_ends_alike(
+    strategy: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = {**strategy, "resume": str(tmp_path / "saved")}
+    whole = finetuned(strategy, model=network(norm=True), with_=trainer(3))
+    with pytest.raises(KeyError, match="cut"):
+        finetuned(saved, model=network(norm=True), with_=trainer(3, [CutAt(14)]))
+    seen = CountSteps()
+    resumed = finetuned(saved, model=network(norm=True), with_=trainer(3, [seen]))
+    rounds = 2 if strategy["name"] == "gradual" else 1
+    assert len(seen.losses) == 6 + (rounds - 1) * 18  # of the cut training two epochs were done
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    seen.losses.clear()
+    again = finetuned(saved, model=network(norm=True), with_=trainer(3, [seen]))
+    assert torch.equal(weight_of(again), weight_of(whole))
+    assert len(seen.losses) == rounds * 6  # the last epoch is not saved
+
+
+def test_another_training_or_a_damaged_file_is_not_gone_on_with(tmp_path: Path) -> None:
+    finetuned({"name": "lsq", "resume": str(tmp_path)}, with_=trainer(2))
+    with pytest.raises(RecipeError, match=r"last\.ckpt was saved by a training with other words"):
+        finetuned({"name": "lsq", "resume": str(tmp_path), "lr": 0.1}, with_=trainer(2))
+    with pytest.raises(RecipeError, match="other words"):
+        finetuned({"name": "qat", "resume": str(tmp_path / "last.ckpt")}, with_=trainer(2))
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"no checkpoint one can go on from .*delete it"):
+        finetuned({"name": "lsq", "resume": str(tmp_path)}, with_=trainer(2))
+    with pytest.raises(RecipeError, match=r"resume=no\.ckpt: there is no such file"):
+        LSQ(resume="no.ckpt")
+
+
+def stored(folder: Path, model: nn.Module, *strategies: Any, **words: Any) -> nn.Module:  # noqa: ANN401
+    made, _ = quantize(
+        model,
+        Blobs(),
+        task=Classification(),
+        trainer=trainer(),
+        finetune=list(strategies),
+        transform=[],
+        evaluator=[],
+        exporter=["safetensors"],
+        target="generic",
+        out=folder,
+        **{"weight": {"num_bits": 4}, "calibrator": "mse", **words},
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", ["qat", "lsq", "lsq_plus", "pact"])
+def test_training_starts_from_a_stored_artifact(name: str, tmp_path: Path) -> None:
+    """After no epoch the model is the stored one bit for bit; weights whose code agrees keep their float."""
+    start = stored(tmp_path / "ptq", network(), "gptq")
+    before = finetuned({"name": name, "artifact": str(tmp_path / "ptq"), "epochs": 0})
+    x = Blobs().x
+    assert torch.equal(before(x), start(x))
+    assert not torch.equal(before(x), finetuned({"name": name, "epochs": 0})(x))
+    for weight, float_one in zip(weight_quantizers(before), (network()[0], network()[2]), strict=True):
+        latent, codes = weight.blocks_input(), weight.fake_quant.codes(weight.blocks_input())
+        same = weight.fake_quant.codes(float_one.weight) == codes
+        assert 0 < (~same).sum() < same.sum()  # gptq moved some
+        assert torch.equal(latent[same], float_one.weight[same])
+        assert torch.equal(latent[~same], weight.fake_quant(latent)[~same])
+    after = finetuned({"name": name, "artifact": str(tmp_path / "ptq"), "epochs": 1})
+    assert not torch.equal(weight_of(after), weight_of(before))
+
+
+def test_learned_levels_of_an_artifact_are_where_training_starts(tmp_path: Path) -> None:
+    words = {"weight": {"num_bits": 2, "quantizer": "ternary"}}
+    start = stored(tmp_path / "ttq", network(), "ttq", **words)
+    strategy = {"name": "ttq", "artifact": str(tmp_path / "ttq"), "epochs": 0}
+    again = stored(tmp_path / "again", network(), strategy, **words)
+    assert torch.equal(again(Blobs().x), start(Blobs().x))
+    assert not torch.equal(again[0].weight_quantizer.extra_negative, again[0].weight_quantizer.scale)
+
+
+def test_an_artifact_of_other_words_is_refused(tmp_path: Path) -> None:
+    stored(tmp_path / "ptq", network(), weight={"num_bits": 8})
+    with pytest.raises(RecipeError, match=r"'0:weight' was stored in .* with num_bits=8, and this run has 4"):
+        finetuned({"name": "qat", "artifact": str(tmp_path / "ptq")})
+    with pytest.raises(RecipeError, match=r"artifact=.*holds no stored codes"):
+        QAT(artifact=str(tmp_path))
+    with pytest.raises(DataError, match="not in both; give the model it was made from"):
+        finetuned({"name": "qat", "artifact": str(tmp_path / "ptq")}, model=network(norm=True))
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -46,8 +46,8 @@ class Gradual(LSQ):
         if not bits or list(bits) != sorted(set(bits), reverse=True) or min(bits) < 2:
             raise ValueError(f"bits fall from round to round, down to 2 at least; not {list(bits)}")
         super().__init__(init, **training)
-        if self.training["resume"]:
-            raise ValueError("a checkpoint belongs to one round of several; resume=null")
+        if (self.training["resume"] or "").endswith(".ckpt"):
+            raise ValueError("a checkpoint belongs to one round of several; give resume a folder")
         self.bits = tuple(bits)
         self.width = 0
 
@@ -71,9 +71,14 @@ class Gradual(LSQ):
     ) -> None:
         """Train round by round; rounds that no quantizer is narrow enough for are left out."""
         least = min((f.slot.spec.num_bits for f in fake_quants(model)), default=0)
+        asked = self.training
         for width in (*(width for width in self.bits if width > least), least):
             self.width = width
+            if asked["resume"]:
+                self.training = {**self.training, "resume": f"{asked['resume']}/{width}"}
             super().fit(model, reference, data, task, recipe, trainer)
+            self.training = {**self.training, "artifact": None}
+        self.training = asked
 
 
 class WideStep(LearnedStep):

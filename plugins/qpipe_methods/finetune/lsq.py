@@ -29,7 +29,7 @@ class LSQ(TrainingStrategy):
 
     Args:
         init: 'lsq' starts a step at 2 mean|x| / sqrt(Q_P), activations from one batch; 'calibrated' keeps the
-            calibrator's.
+            calibrator's. Those of an `artifact` are kept.
         training: see TrainingStrategy.
 
     Source: Esser et al., "Learned Step Size Quantization", 2019, arXiv 1902.08153, eq. 3 and section 2.1.
@@ -42,7 +42,7 @@ class LSQ(TrainingStrategy):
         if init not in ("lsq", "calibrated"):
             raise ValueError(f"init is lsq or calibrated, not {init!r}")
         super().__init__(**training)
-        self.init = init
+        self.init = "calibrated" if self.training["artifact"] else init
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return a learned step where codes have one."""

@@ -38,7 +38,7 @@ class LSQPlus(LSQ):
         if init not in ("lsq_plus", "calibrated"):
             raise ValueError(f"init is lsq_plus or calibrated, not {init!r}")
         super().__init__("calibrated", **training)
-        self.from_spread = init == "lsq_plus"
+        self.from_spread = init == "lsq_plus" and not self.training["artifact"]
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return a learned step, with an offset for asymmetric activations."""

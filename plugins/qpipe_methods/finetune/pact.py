@@ -19,7 +19,7 @@ class PACT(TrainingStrategy):
     Weights, and activations with negative values, are trained straight through at their calibrated range.
 
     Args:
-        init: clipping value at the start; None: the calibrated one.
+        init: clipping value at the start; None: the calibrated one. That of an `artifact` is kept.
         penalty: weight of the squared clipping values in the loss.
         training: see TrainingStrategy.
 
@@ -35,7 +35,7 @@ class PACT(TrainingStrategy):
         if init is not None and init <= 0:
             raise ValueError(f"init is a clipping value above 0, not {init}")
         super().__init__(**training)
-        self.init = init
+        self.init = None if self.training["artifact"] else init
         self.weight = penalty
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:

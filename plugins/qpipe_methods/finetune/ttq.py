@@ -66,7 +66,7 @@ class TTQ(TrainingStrategy):
                 "finetune 'ttq' learns the levels of ternary weights, and there are none; "
                 "use quantizer@weight.quantizer=ternary weight.num_bits=2"
             )
-        for weight in found:
+        for weight in () if self.training["artifact"] else found:
             learner = weight.fake_quant.learner
             if isinstance(learner, LearnedPair):
                 learner.start(weight.blocks_input())
@@ -87,9 +87,10 @@ class LearnedPair(Learner):
         super().__init__(slot)
         self.share = share
         self.positive = nn.Parameter(start.scale.detach().clone())
-        self.negative = nn.Parameter(start.scale.detach().clone())
+        self.negative = nn.Parameter(start.extra.get("negative", start.scale).detach().clone())
         self.register_buffer("zero_point", start.zero_point.detach().clone())
-        self.register_buffer("threshold", torch.zeros_like(self.zero_point))
+        threshold = start.extra.get("threshold", torch.zeros_like(start.scale))
+        self.register_buffer("threshold", threshold.detach().clone())
 
     def start(self, x: Tensor) -> None:
         """Set each magnitude to the mean of what is rounded to it; a side without values keeps its own."""
