@@ -68,7 +68,8 @@ def test_a_run_writes_its_folder_and_tells_its_tracker(
     toyrun: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert toyrun("out=here") == 0
-    assert {path.name for path in Path("here").iterdir()} == {"report.json", "config.yaml"}
+    written = {path.name for path in Path("here").iterdir()}
+    assert written == {"report.json", "config.yaml", "report.html", "csv"}
     assert [path.name for path in Path().iterdir()] == ["here"]
     assert heard(tmp_path) == [["start", None], ["finish", True, True, "finished"]]
     out = capsys.readouterr().out
