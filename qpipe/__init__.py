@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from qpipe.pipeline import quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
     from qpipe.sharing import shared, shared_copy
-    from qpipe.stages.data import calibration_batches
+    from qpipe.stages.data import calibration_batches, evaluation_batches
+    from qpipe.stages.evaluate import ReferenceOutputs, score
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
     from qpipe.task import Task
     from qpipe.training import Learner, TrainingStrategy
@@ -49,7 +50,8 @@ _HOME = {
     "pipeline": ["quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
     "sharing": ["shared", "shared_copy"],
-    "stages.data": ["calibration_batches"],
+    "stages.data": ["calibration_batches", "evaluation_batches"],
+    "stages.evaluate": ["ReferenceOutputs", "score"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
     "task": ["Task"],
     "training": ["Learner", "TrainingStrategy"],

@@ -51,8 +51,9 @@ def header(config: _Config) -> None:
 def summary(report: Report, where: str | None = None) -> None:
     """Print edges, notices and the figures of every variant, and where the run is."""
     edges(report)
-    for rows in report.tables.values():
-        _told(rows)
+    for table in report.tables.values():
+        for key in table.get("print", ()):
+            _told(table[key])
     for message in report.notices:
         notice(message)
     if report.reused:
@@ -81,12 +82,12 @@ def edges(report: Report) -> None:
         )
 
 
-def _told(rows: Any) -> None:  # noqa: ANN401  # of a table; what is nested is for the report alone
-    if isinstance(rows, str):
-        _line(rows)
-    elif isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-        head = tuple(dict.fromkeys(key for row in rows for key in row))
-        _table(head, [tuple(_cell(row.get(key)) for key in head) for row in rows])
+def _told(said: Any) -> None:  # noqa: ANN401  # a sentence, or rows
+    if isinstance(said, str):
+        _line(said)
+        return
+    head = tuple(dict.fromkeys(key for row in said for key in row))
+    _table(head, [tuple(_cell(row.get(key)) for key in head) for row in said])
 
 
 def sweep(rows: Sequence[Row], folder: Path | None = None) -> None:

@@ -129,7 +129,8 @@ class Narrower(qpipe.FinetuneStrategy):
             first.fake_quant.slot, spec=replace(first.fake_quant.slot.spec, num_bits=6)
         )
         remove_weight_quantizer(second.module, second.parameter_name)
-        return {"narrower": [{"layer": "first", "bits": 6, "share": 0.123456}], "said": "narrower: done"}
+        rows = [{"layer": "first", "bits": 6, "share": 0.123456}]
+        return {"simulated.narrower": {"rows": rows, "said": "narrower: done", "print": ["rows", "said"]}}
 
 
 def test_the_report_shows_what_fine_tuning_made_of_slots(

@@ -69,16 +69,23 @@ def candidates(model: nn.Module, bits: Sequence[int], is_fixed: Callable[[str], 
     Args:
         is_fixed: says of a path that its width stays as it is.
     """
-    by_path: dict[str, dict[FakeQuant, QuantizedWeight]] = {}
-    for weight in weight_quantizers(model):  # tied ones share a quantizer, named for the first of them
-        path = weight.fake_quant.name.rpartition(":")[0]
-        by_path.setdefault(path, {}).setdefault(weight.fake_quant, weight)
     found = []
-    for path, weights in by_path.items():
+    for path, of in by_path(model).items():
+        weights: dict[FakeQuant, QuantizedWeight] = {}
+        for weight in of:
+            weights.setdefault(weight.fake_quant, weight)
         own = {fake_quant.slot.spec.num_bits for fake_quant in weights}
         widths = sorted(own if is_fixed(path) else {*bits})
         choices = tuple(_choice([*weights.values()], width) for width in widths)
         found.append(Candidates(path, tuple(weights.values()), choices))
+    return found
+
+
+def by_path(model: nn.Module) -> dict[str, list[QuantizedWeight]]:
+    """Return the quantized weights by the path a rule for single layers names; tied ones with the first."""
+    found: dict[str, list[QuantizedWeight]] = {}
+    for weight in weight_quantizers(model):  # tied ones share a quantizer, named for the first of them
+        found.setdefault(weight.fake_quant.name.rpartition(":")[0], []).append(weight)
     return found
 
 
@@ -192,7 +199,7 @@ def _output_costs(
                         output = task.compared(replay.run(each.fake_quants))
                     total += torch.tensor(compare(output, reference, task.class_dim), dtype=total.dtype)
                     progress.step(f"{each.path} at {choice.num_bits} bits")
-    return [_quotients(_of_all_processes(totals)) for totals in sums]
+    return [_quotients(over_processes(totals)) for totals in sums]
 
 
 def _quotients(totals: Tensor) -> list[float]:
@@ -200,7 +207,7 @@ def _quotients(totals: Tensor) -> list[float]:
     return quotients
 
 
-def _of_all_processes(sums: Tensor) -> Tensor:
+def over_processes(sums: Tensor) -> Tensor:
     """Add up what every process saw, so that all of them go on alike."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(sums)
@@ -277,7 +284,7 @@ def mean_traces(
                 for i, (v, hv) in enumerate(zip(signs, products, strict=True)):
                     sums[i] += (v * hv).sum(dtype=torch.float64).item() / draws
                 progress.step(f"{sums[-1]:.0f} samples")
-    *totals, samples = _of_all_processes(sums).tolist()
+    *totals, samples = over_processes(sums).tolist()
     return [max(total, 0.0) / samples / p.numel() for total, p in zip(totals, parameters, strict=True)]
 
 

@@ -41,5 +41,6 @@ class FinetuneStrategy(ABC):
         """Improve model; reference is the float model it should agree with.
 
         Returns:
-            tables for the report, by name: a list of rows, or a sentence, is printed as well.
+            tables for the report, by name, each with lists of rows, a title, a finding; the keys that its
+            'print' lists are printed as well.
         """

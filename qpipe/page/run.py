@@ -131,10 +131,13 @@ def _said(table: Any, key: str) -> str:  # noqa: ANN401
     return str(table.get(key, "")) if isinstance(table, Mapping) else ""
 
 
+_OWN = ("title", "about", "finding", "print")  # what a table says of itself
+
+
 def _section(name: str, table: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return one evaluator's tables: rows with counts are histograms, others a table."""
     variant, _, evaluator = name.partition(".")
-    rest = {key: table[key] for key in table if key not in (*_rows(table), "title", "about", "finding")}
+    rest = {key: table[key] for key in table if key not in (*_rows(table), *_OWN)}
     return {
         "title": _said(table, "title") or evaluator.replace("_", " ").capitalize(),
         "variant": variant,

@@ -73,7 +73,7 @@ def evaluate(
     tables: dict[str, Any] = {}
     for variant, (model, artifact) in variants.items():
         known = shelf or Shelf() if variant == "fp32" else Shelf()
-        figures[variant] = _pass(variant, model, reference, outputs, batches, task, recipe, trainer, known)
+        figures[variant] = score(variant, model, reference, outputs, batches, task, recipe, trainer, known)
         subject = Subject(variant, model, reference, batches, task, recipe, artifact)
         measured, rows = measure(subject, trainer.strategy.root_device, known)
         figures[variant] |= measured
@@ -128,7 +128,7 @@ class ReferenceOutputs:
         return data
 
 
-def _pass(
+def score(
     variant: str,
     model: nn.Module,
     reference: Reference,
@@ -137,9 +137,14 @@ def _pass(
     task: Task,
     recipe: Recipe,
     trainer: Trainer,
-    shelf: Shelf,
+    shelf: Shelf | None = None,
 ) -> dict[str, float]:
-    """Feed every evaluator's metrics from one pass of the batches through a variant."""
+    """Return every evaluator's metrics, and the model's own, from one pass of a variant.
+
+    Args:
+        shelf: what was measured of it before.
+    """
+    shelf = shelf or Shelf()
     if (entry := shelf.get(["pass", recipe.evaluators])) is not None:
         figures: dict[str, float] = outputs.load(entry)
         return figures

@@ -139,15 +139,16 @@ class Allocate(FinetuneStrategy):
         )
         rows = zip(found, ledger.costs, losses, picks, strict=True)
         return {
-            "allocation": [self._row(*row, ledger.unit) for row in rows],
-            "allocation.summary": said,
-            "allocation.rules": f"the same bits again: {as_rules(found, picks, recipe)}",
-            "allocation.front": {
-                "unit": ledger.unit,
-                "loss": self.sensitivity,
-                "layers": [each.path for each in found],
-                "points": [*_points(found, ledger, points)],
-            },
+            "simulated.allocate": {
+                "title": "Bits of each layer",
+                "about": f"Sensitivity: {self.sensitivity} of the output with one layer quantized alone. "
+                f"Up to {_STORED} of the front's {len(points.costs):,} points, bits in the layers' order.",
+                "finding": said,
+                "layers": [self._row(*row, ledger.unit) for row in rows],
+                "rules": f"the same bits again: {as_rules(found, picks, recipe)}",
+                "front": [*_points(found, ledger, points)],
+                "print": ["layers", "finding", "rules"],
+            }
         }
 
     def _row(
@@ -192,9 +193,9 @@ def _points(found: Sequence[Candidates], ledger: Ledger, points: Front) -> Itera
     for i in np.unique(np.linspace(0, len(points.costs) - 1, _STORED).round().astype(int)):
         picks = points.picks[:, i].tolist()
         yield {
-            "cost": int(points.costs[i]) + ledger.fixed,
+            ledger.unit: int(points.costs[i]) + ledger.fixed,
             "loss": float(points.losses[i]),
-            "bits": [each.choices[pick].num_bits for each, pick in zip(found, picks, strict=True)],
+            "bits": " ".join(str(e.choices[pick].num_bits) for e, pick in zip(found, picks, strict=True)),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,18 +80,18 @@ def test_the_budget_counts_the_bytes_that_are_reported(net: Net, data: Tensor) -
         quantized, report = allocated(net, data, {"size": budget})
         size = report.metrics["simulated"]["size_bytes"]
         assert size == payload_bytes(quantized)
-        assert f"allocation: {size:,.0f} bytes" in report.tables["allocation.summary"]
+        assert f"allocation: {size:,.0f} bytes" in report.tables["simulated.allocate"]["finding"]
         assert 0.9 * budget < (size / whole if budget < 1 else size) <= budget
 
 
 def test_bit_operations_are_macs_times_the_bits_of_weight_and_input(net: Net, data: Tensor) -> None:
     quantized, report = allocated(net, data, {"bops": 0.06}, layers=[{"match": "input", "activation": None}])
-    bits = {row["layer"]: row["bits"] for row in report.tables["allocation"]}
+    bits = {row["layer"]: row["bits"] for row in report.tables["simulated.allocate"]["layers"]}
     inputs = {path: e.slot.spec.num_bits for e in edge_quantizers(quantized) for path in e.edge.consumers}
     macs = {"stem": 36 * 72, "depthwise": 16 * 72, "head": 64, "last": 32}  # the LSTM's are not counted
     assert "stem" not in inputs
     spent = sum(n * bits[path] * inputs.get(path, 32) for path, n in macs.items())
-    said = report.tables["allocation.summary"]
+    said = report.tables["simulated.allocate"]["finding"]
     assert f"allocation: {spent:,} bit operations" in said
     assert spent <= 0.06 * sum(macs.values()) * 32 * 32
 
@@ -98,7 +99,7 @@ def test_bit_operations_are_macs_times_the_bits_of_weight_and_input(net: Net, da
 def test_the_printed_rules_give_the_identical_model(net: Net, data: Tensor) -> None:
     ours = {"calibrator": "mse", "layers": [{"match": "stem", "weight": {"num_bits": 8}}]}
     quantized, report = allocated(net, data, {"average_bits": 3.5}, **ours)
-    rules = re.search(r'layers="\[your own rules,(.*)\]"', report.tables["allocation.rules"])
+    rules = re.search(r'layers="\[your own rules,(.*)\]"', report.tables["simulated.allocate"]["rules"])
     assert rules is not None
     pasted = yaml.safe_load(f"[{rules[1]}]".replace(":", ": "))
     again, other = qpipe.quantize(
@@ -118,21 +119,22 @@ def test_rules_fix_a_width_and_a_module_has_one_width(net: Net, data: Tensor) ->
     bits = {row["name"]: row["num_bits"] for row in report.weights}
     assert bits["last:weight"] == 7
     assert bits["rnn:weight_ih_l0"] == bits["rnn:weight_hh_l0"]
-    (row,) = [row for row in report.tables["allocation"] if row["layer"] == "last"]
+    (row,) = [row for row in report.tables["simulated.allocate"]["layers"] if row["layer"] == "last"]
     assert row["because"] == "a rule fixes it"
     shared = {w.name: w.fake_quant for w in weight_quantizers(quantized)}
     assert shared["head:weight"] is shared["tied:weight"]
 
 
-def test_the_front_is_stored(net: Net, data: Tensor) -> None:
-    _, report = allocated(net, data, {"size": 0.4}, bits=[2, 4, 8])
-    front = report.tables["allocation.front"]
-    costs, losses = ([point[key] for point in front["points"]] for key in ("cost", "loss"))
+def test_the_front_is_stored_and_everything_has_a_page(net: Net, data: Tensor, tmp_path: Path) -> None:
+    _, report = allocated(net, data, {"size": 0.4}, bits=[2, 4, 8], out=tmp_path / "run", exporter=[])
+    front = report.tables["simulated.allocate"]["front"]
+    costs, losses = ([point[key] for point in front] for key in ("bytes", "loss"))
     assert 3 < len(costs) <= 64
     assert costs == sorted(costs)
     assert losses == sorted(losses, reverse=True)
-    assert set(front["points"][0]["bits"]) == {2}
-    assert set(front["points"][-1]["bits"]) == {8}
+    assert set(front[0]["bits"].split()) == {"2"}
+    assert set(front[-1]["bits"].split()) == {"8"}
+    assert "because" in (tmp_path / "run" / "csv" / "simulated.allocate.layers.csv").read_text()
 
 
 @pytest.mark.parametrize(
