@@ -101,6 +101,19 @@ def test_photos_are_split_by_photo_and_always_the_same() -> None:
     assert torch.equal(x, second.datasets["evaluation"][17])
 
 
+def test_varied_crops_calibrate_only_and_stay_pictures() -> None:
+    plain, varied = Photos(size=64), Photos(size=64, varied=True)
+    plain.setup()
+    varied.setup()
+    assert torch.equal(plain.datasets["evaluation"][3], varied.datasets["evaluation"][3])
+    crops = [torch.stack([data.datasets["calibration"][i] for i in range(16)]) for data in (plain, varied)]
+    assert -127 / 128 <= crops[1].min() < crops[1].max() <= 1
+    means = [x.mean((2, 3)).std().item() for x in crops]  # over crops and colours
+    assert means[1] > means[0]
+    assert torch.equal(crops[1][5], varied.datasets["calibration"][5])
+    assert plain.fingerprint() != varied.fingerprint()
+
+
 @pytest.mark.skipif(find_spec("foolbox") is None, reason="extra 'zoo'")
 def test_photos_of_imagenet_are_what_their_names_say() -> None:
     data = Photos(size=224, source="imagenet")

@@ -43,13 +43,18 @@ class Crops(Dataset[Tensor]):
         count: how many crops; photos take turns.
         size: side of a crop after resizing.
         seed: decides where crops lie.
+        varied: crops from a quarter of the photo's side on, each colour brighter or darker, and every second
+            one mixed with a crop of another photo: more kinds of pictures than there are photos.
     """
 
-    def __init__(self, photos: Sequence[Tensor], count: int, size: int, seed: int) -> None:
+    def __init__(
+        self, photos: Sequence[Tensor], count: int, size: int, seed: int, varied: bool = False
+    ) -> None:
         self.photos = photos
         self.count = count
         self.size = size
         self.seed = seed
+        self.varied = varied
 
     def __len__(self) -> int:
         return self.count
@@ -57,17 +62,27 @@ class Crops(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.count:
             raise IndexError(f"crop {index} of {self.count}")
-        photo = self.photos[index % len(self.photos)]
-        return normalize(resize(self._crop(photo, index), self.size))
-
-    def _crop(self, photo: Tensor, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        crop = self._crop(index, generator)
+        return normalize(self._vary(crop, generator) if self.varied else crop)
+
+    def _crop(self, number: int, generator: torch.Generator) -> Tensor:
+        photo = self.photos[number % len(self.photos)]
         scale, down, right, flip = torch.rand(4, generator=generator).tolist()
         height, width = photo.shape[1:]
-        side = int(min(height, width) * (0.5 + 0.5 * scale))
+        least = 0.25 if self.varied else 0.5
+        side = int(min(height, width) * (least + (1 - least) * scale))
         top, left = int((height - side) * down), int((width - side) * right)
         crop = photo[:, top : top + side, left : left + side]
-        return crop.flip(-1) if flip < 0.5 else crop
+        return resize(crop.flip(-1) if flip < 0.5 else crop, self.size)
+
+    def _vary(self, crop: Tensor, generator: torch.Generator) -> Tensor:
+        gain, offset = torch.rand(2, 3, 1, 1, generator=generator)
+        crop = crop * (0.6 + 0.8 * gain) + 60 * (offset - 0.5)
+        mixes, other, share = torch.rand(3, generator=generator).tolist()
+        if mixes < 0.5:
+            crop = torch.lerp(crop, self._crop(int(other * len(self.photos)), generator), share / 2)
+        return crop.clamp(0, 255)
 
 
 def read_photo(name: str) -> Tensor:
@@ -87,6 +102,7 @@ class Photos(LightningDataModule):
         num_workers: processes that load.
         source: 'scikit' calibrates on 8 photos of scikit-image and scikit-learn and evaluates on 10 others;
             'imagenet' calibrates on the 20 photos of ImageNet that foolbox ships and evaluates on those 18.
+        varied: calibrate on crops varied in size, colour and by mixing.
     """
 
     def __init__(
@@ -97,6 +113,7 @@ class Photos(LightningDataModule):
         num_evaluation: int = 256,
         num_workers: int = 0,
         source: str = "scikit",
+        varied: bool = False,
     ) -> None:
         super().__init__()
         if source not in SOURCES:
@@ -106,11 +123,13 @@ class Photos(LightningDataModule):
         self.counts = {"calibration": num_calibration, "evaluation": num_evaluation}
         self.num_workers = num_workers
         self.source = source
+        self.varied = varied
         self.datasets: dict[str, Crops] = {}
 
     def fingerprint(self) -> str:
         """Name the data: the crops never change."""
-        return f"photos-{self.source}-{self.size}-{self.counts['calibration']}-{self.counts['evaluation']}"
+        which = f"{self.source}-varied" if self.varied else self.source
+        return f"photos-{which}-{self.size}-{self.counts['calibration']}-{self.counts['evaluation']}"
 
     def setup(self, stage: str | None = None) -> None:
         """Read the photos."""
@@ -118,7 +137,8 @@ class Photos(LightningDataModule):
         for seed, (part, names) in enumerate(parts.items()):
             if part not in self.datasets:
                 photos = [read_photo(name) for name in names]
-                self.datasets[part] = Crops(photos, self.counts[part], self.size, seed)
+                varied = self.varied and part == "calibration"
+                self.datasets[part] = Crops(photos, self.counts[part], self.size, seed, varied)
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Tensor]:
         return DataLoader(self.datasets[part], self.batch_size, shuffle=shuffle, num_workers=self.num_workers)

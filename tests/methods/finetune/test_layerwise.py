@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from qpipe_methods.finetune._layerwise import LayerwiseStrategy
 from qpipe_methods.finetune.adaround import AdaRound, Rounding, inverse_h, regularizer
 from qpipe_methods.finetune.autoround import AutoRound
 from qpipe_methods.finetune.bias_correction import BiasCorrection
@@ -263,6 +264,35 @@ class TestStrategies:
         strategy.fit(model, None, qpipe_data(), Task(), None, None)  # type: ignore[arg-type]
         with torch.no_grad():
             assert (model(x) - reference).square().mean() < before
+
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            GPTQ(),
+            GPTQ(sweeps=1),
+            AdaRound(iterations=60),
+            AutoRound(iterations=30),
+            AutoRound(iterations=30, ranges=False),
+            SequentialMSE(steps=6),
+        ],
+        ids=lambda s: f"{s.name} {vars(s).get('sweeps', '')}{vars(s).get('ranges', '')}",
+    )
+    @pytest.mark.parametrize("bits", [2, 4])
+    def test_no_worse_than_rounding_to_nearest_on_any_layer(
+        self, strategy: LayerwiseStrategy, bits: int
+    ) -> None:
+        layers = walked(prepared(weight={"num_bits": bits}))
+        assert len(layers) == 4
+        gained = 0
+        for layer in layers:
+            levels, weight = Levels(layer), layer.weight.clone()
+            goal = moments(layer).aimed_at(levels.rows(weight))
+            nearest = goal.error(levels.round(levels.rows(weight))).sum()
+            strategy.improve(layer)
+            error = goal.error(levels.rows(layer.module.weight.detach())).sum()
+            assert error <= nearest * (1 + 1e-5)
+            gained += int(error < 0.999 * nearest)
+        assert gained
 
     def test_bias_correction_leaves_no_mean_error(self) -> None:
         model = prepared()
