@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from qpipe import QpipeError, RecipeError, calibration_batches, shared
+from qpipe import Entry, QpipeError, RecipeError, Shelf, calibration_batches, shared
 from qpipe.nn import FakeQuant, QuantizedWeight, disabled, weight_quantizers
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def reconstruct(
     num_samples: int = 128,
     memory_gb: float = 4.0,
     title: str = "reconstruct",
+    shelf: Shelf | None = None,
 ) -> None:
     """Improve every quantized linear and convolutional layer in order of execution, each once.
 
@@ -94,6 +95,7 @@ def reconstruct(
         improve: changes the layer's parameters or qparams in place.
         num_samples: of the calibration set.
         memory_gb: for activations; fewer batches are read where they would not fit, and that is logged.
+        shelf: keeps each layer as it was improved, so that a killed run goes on where it was.
 
     Raises:
         RecipeError: not even one batch fits.
@@ -106,7 +108,17 @@ def reconstruct(
         improve(Layer(unit.name, unit.module, quantizers[unit.module], inputs, unit.targets))
 
     names = {module: name for name, module in model.named_modules() if module in quantizers}
-    walk(model, data, task, names, as_layer, num_samples=num_samples, memory_gb=memory_gb, title=title)
+    walk(
+        model,
+        data,
+        task,
+        names,
+        as_layer,
+        num_samples=num_samples,
+        memory_gb=memory_gb,
+        title=title,
+        shelf=shelf,
+    )
 
 
 def quantized_layers(model: nn.Module) -> dict[nn.Module, FakeQuant]:
@@ -124,6 +136,7 @@ def walk(
     num_samples: int = 128,
     memory_gb: float = 4.0,
     title: str = "reconstruct",
+    shelf: Shelf | None = None,
 ) -> None:
     """Improve modules of a prepared model in order of execution, each once.
 
@@ -133,7 +146,7 @@ def walk(
     Args:
         units: modules, none inside another, and what they are called.
         improve: changes the module's parameters or qparams in place.
-        num_samples, memory_gb: as for reconstruct.
+        num_samples, memory_gb, shelf: as for reconstruct.
 
     Raises:
         RecipeError: not even one batch fits.
@@ -151,12 +164,37 @@ def walk(
         for module in units:
             stack.callback(module.register_forward_pre_hook(_arrive, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_leave).remove)
-        _walk(model, units, floats, quants, improve, title)
+        _walk(model, units, floats, quants, _remembered(improve, shelf or Shelf()), title)
 
 
 def _is_layer(weight: QuantizedWeight) -> bool:
     enabled = weight.fake_quant.enabled and weight.fake_quant.calibrated
     return isinstance(weight.module, _LAYERS) and weight.parameter_name == "weight" and enabled
+
+
+def _remembered(improve: Callable[[Unit], None], shelf: Shelf) -> Callable[[Unit], None]:
+    """Improve a unit, or give it the state it had when it was improved before."""
+
+    def improve_once(unit: Unit) -> None:
+        entry = shelf.get(unit.name)
+        if entry is not None:
+            _restore(unit.module, entry.tensors)
+            return
+        improve(unit)
+        if shelf.store:
+            shelf.put(unit.name, Entry(unit.module.state_dict()))
+
+    return improve_once
+
+
+def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state into a module; it may hold biases that the module lacks."""
+    for name, value in state.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters and owner._parameters[leaf] is None:
+            owner._parameters[leaf] = nn.Parameter(torch.empty_like(value))
+    module.load_state_dict(state)
 
 
 def _walk(

@@ -50,4 +50,5 @@ class LayerwiseStrategy(FinetuneStrategy):
             num_samples=self.num_samples,
             memory_gb=self.memory_gb,
             title=self.name,
+            shelf=recipe.shelf,
         )

@@ -115,6 +115,7 @@ class BRECQ(FinetuneStrategy):
             num_samples=self.num_samples,
             memory_gb=self.memory_gb,
             title=self.name,
+            shelf=recipe.shelf,
         )
 
     def _improve(self, model: nn.Module, unit: Unit, fisher: Sequence[Tensor] | None) -> None:
@@ -122,7 +123,7 @@ class BRECQ(FinetuneStrategy):
         if before == 0:
             return
         state = {key: value.clone() for key, value in unit.module.state_dict().items()}
-        with learning(model, unit.module, self.drop) as (roundings, steps):
+        with _seeded(), learning(model, unit.module, self.drop) as (roundings, steps):
             self._learn(unit, fisher, before, roundings, steps)
         after = _error(unit, fisher)
         log.info("%s: the error of '%s' falls to %.3f", self.name, unit.name, after / before)
@@ -168,6 +169,14 @@ class BRECQ(FinetuneStrategy):
         falling = [lambda i: 0.5 + 0.5 * math.cos(math.pi * i / self.iterations)] * (len(groups) - 1)
         optimizer = torch.optim.Adam(groups)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *falling])
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draw the same for a unit whatever was drawn before it, so that a resumed run is the same run."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 def find_units(model: nn.Module, kind: str) -> dict[nn.Module, str]:

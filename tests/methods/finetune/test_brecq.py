@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from qpipe_zoo.model.resnet_digits import ResNetDigits
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QParams, RecipeError, Task
+from qpipe import QParams, RecipeError, Shelf, Task
 from qpipe.nn import edge_quantizers
 from qpipe.training import fake_quants
 
@@ -50,7 +51,7 @@ def quantized(net: nn.Module, data: list[Tensor], **choices: Any) -> nn.Module: 
 
 
 def fit(strategy: qpipe.FinetuneStrategy, model: nn.Module, data: list[Tensor]) -> None:
-    strategy.fit(model, None, Data(data), Task(), None, None)  # type: ignore[arg-type]
+    strategy.fit(model, None, Data(data), Task(), SimpleNamespace(shelf=Shelf()), None)  # type: ignore[arg-type]
 
 
 def gap(model: nn.Module, net: nn.Module, data: list[Tensor]) -> float:

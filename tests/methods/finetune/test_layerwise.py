@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,11 @@ from qpipe_methods.reconstruction import Layer, parameter, reconstruct
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QpipeError, RecipeError, Task
+from qpipe import QpipeError, RecipeError, Shelf, Task
+from qpipe.cache import Store
 from qpipe.nn import disabled, weight_quantizers
+
+RECIPE = SimpleNamespace(shelf=Shelf())  # all that a strategy reads of a recipe
 
 
 class Net(nn.Module):
@@ -105,7 +111,7 @@ class TestWalk:
     def test_a_second_strategy_aims_at_the_same_float_model(self) -> None:
         model = prepared()
         expected = [layer.targets[0] for layer in walked(model)]
-        GPTQ().fit(model, None, qpipe_data(), Task(), None, None)  # type: ignore[arg-type]
+        GPTQ().fit(model, None, qpipe_data(), Task(), RECIPE, None)  # type: ignore[arg-type]
         weight = model.conv.weight.clone()
         found = [layer.targets[0] for layer in walked(model)]
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -261,7 +267,7 @@ class TestStrategies:
             reference = model(x)
         with torch.no_grad():
             before = (model(x) - reference).square().mean()
-        strategy.fit(model, None, qpipe_data(), Task(), None, None)  # type: ignore[arg-type]
+        strategy.fit(model, None, qpipe_data(), Task(), RECIPE, None)  # type: ignore[arg-type]
         with torch.no_grad():
             assert (model(x) - reference).square().mean() < before
 
@@ -298,7 +304,7 @@ class TestStrategies:
         model = prepared()
         with torch.no_grad(), disabled(model):
             reference = model(torch.cat(batches())).mean(0)
-        BiasCorrection().fit(model, None, qpipe_data(), Task(), None, None)  # type: ignore[arg-type]
+        BiasCorrection().fit(model, None, qpipe_data(), Task(), RECIPE, None)  # type: ignore[arg-type]
         with torch.no_grad():
             assert torch.allclose(model(torch.cat(batches())).mean(0), reference, atol=1e-5)
 
@@ -390,3 +396,43 @@ class TestAdaRoundEquations:
         loss = ((gap @ xx) * gap).sum() + strength * regularizer(h, 3.0)
         (expected,) = torch.autograd.grad(loss, v)
         assert torch.allclose(rounding.gradient(aim, xx, strength, 3.0), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestResume:
+    def test_a_killed_reconstruction_goes_on_where_it_was(self, tmp_path: Path) -> None:
+        class Killed(BaseException):
+            pass
+
+        whole, parts = prepared(), prepared()
+        GPTQ(match="float").fit(whole, None, qpipe_data(), Task(), RECIPE, None)  # type: ignore[arg-type]
+        shelf, improved = Shelf(Store(tmp_path)), []
+        strategy = GPTQ(match="float")
+
+        def until(last: str) -> Callable[[Layer], None]:
+            def improve(layer: Layer) -> None:
+                if layer.name == last:
+                    raise Killed
+                improved.append(layer.name)
+                strategy.improve(layer)
+
+            return improve
+
+        with pytest.raises(Killed):
+            reconstruct(parts, qpipe_data(), Task(), until("project"), shelf=shelf)
+        again = prepared()
+        reconstruct(again, qpipe_data(), Task(), until(""), shelf=shelf)
+        assert improved == ["conv", "depthwise", "project", "fc"]  # none of them twice
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key])
+
+    def test_a_bias_that_was_added_is_restored(self, tmp_path: Path) -> None:
+        shelf = Shelf(Store(tmp_path))
+
+        def add(layer: Layer) -> None:
+            layer.module._parameters["bias"] = nn.Parameter(torch.arange(4.0))
+
+        net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
+        for improve in (add, lambda _: None):
+            model = qpipe.quantize(net, batches(), evaluator=[])[0]
+            reconstruct(model, qpipe_data(), Task(), improve, shelf=shelf)
+            assert model[0].bias.tolist() == [0.0, 1.0, 2.0, 3.0]
