@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -47,26 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compose(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict[str, Any]]]:
     from qpipe.config import compose_config
+    from qpipe.launchers import split
     from qpipe.overrides import expand
 
+    if arguments.multirun:
+        arguments.launcher, arguments.words = split(arguments.words)
     jobs = expand(arguments.words, arguments.multirun)
     return jobs, [compose_config(words, arguments.config) for words in jobs]
 
 
 def _run(jobs: list[list[str]], configs: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
-    from qpipe.console import notice
+    from qpipe.console import notice, set_up_logs
     from qpipe.jobs import run_job
     from qpipe.registry import PluginRegistry
 
     registry = PluginRegistry.load_installed()
     for message in registry.notices:
         notice(message)
-    _set_up_logs()
+    set_up_logs()
     if arguments.multirun:
         from qpipe.sweep import run_sweep
 
         flags = ["--config", str(arguments.config)] if arguments.config else []
-        return run_sweep(jobs, configs, registry, arguments.words, flags)
+        return run_sweep(jobs, configs, registry, arguments.words, flags, arguments.launcher)
     run_job(configs[0], registry)
     return 0
 
@@ -90,21 +91,6 @@ def _code(error: QpipeError) -> int:
     if isinstance(error, GateError):
         return 3
     return 2 if isinstance(error, (RecipeError, PluginError)) else 1
-
-
-def _set_up_logs() -> None:
-    """Say what takes time in plain lines where no bar is drawn; keep Lightning's advice out."""
-    from qpipe.console import is_rank_zero
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("qpipe: %(message)s"))
-    ours = logging.getLogger("qpipe")
-    ours.handlers = [handler]
-    quiet = sys.stderr.isatty() or not is_rank_zero()
-    ours.setLevel(logging.WARNING if quiet else logging.INFO)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

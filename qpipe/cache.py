@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,6 +29,7 @@ DEFAULT_LIMIT = 8.0
 REMEMBERED_BYTES = 512 * 2**20  # of a sweep's results that stay in memory
 _DATA, _TENSORS, _ASIDE = "data.json", "tensors.safetensors", ".aside-"
 _STALE_S = 3600  # what a killed process left aside is cleared after this time
+_STALE_LOCK_S = 7 * 24 * 3600  # nobody computes that long
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,26 @@ class Store:
         except TypeError as error:  # a stranger's table that is no plain data
             log.debug("%s is not kept: %s", kind, error)
 
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Keep other processes that share the folder from doing the same at the same time."""
+        from filelock import FileLock
+
+        if self.folder is None:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f".{key[:32]}.lock")
+            lock.acquire()
+        except OSError:  # a disk that refuses: what is done twice is only slower
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
+
     def listed(self) -> Iterator[Listed]:
         """Yield every entry on disk."""
         for place in [*self.folder.glob("[!.]*/*")] if self.folder else []:
@@ -164,6 +185,9 @@ class Store:
             for aside in self.folder.glob(f"{_ASIDE}*"):
                 if time.time() - aside.stat().st_mtime > _STALE_S:
                     shutil.rmtree(aside, ignore_errors=True)
+            for lock in self.folder.glob(".*.lock"):
+                if time.time() - lock.stat().st_mtime > _STALE_LOCK_S:
+                    lock.unlink()
             entries = sorted(self.listed(), key=lambda entry: entry.used)
             excess = sum(entry.num_bytes for entry in entries) - self.limit_bytes
             for entry in entries:
@@ -259,6 +283,10 @@ class Shelf:
         """Keep an entry under a name."""
         if self.store:
             self.store.put(self.kind, self._key(name), entry, lasting and self.lasting)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Let one process at a time fill this shelf: look again once inside."""
+        return self.store.alone(self._key(None)) if self.store and self.lasting else nullcontext()
 
     def _key(self, name: Any) -> str:  # noqa: ANN401
         return digest(self.kind, self.parts, name)

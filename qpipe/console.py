@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,19 @@ def is_rank_zero() -> bool:
     """Whether this process is the one that writes, tracks and prints."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in ranks if rank), "0")) == 0
+
+
+def set_up_logs() -> None:
+    """Say what takes time in plain lines where no bar is drawn; keep Lightning's advice out."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("qpipe: %(message)s"))
+    ours = logging.getLogger("qpipe")
+    ours.handlers = [handler]
+    quiet = sys.stderr.isatty() or not is_rank_zero()
+    ours.setLevel(logging.WARNING if quiet else logging.INFO)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
 
 
 def error(message: object) -> None:

@@ -9,9 +9,10 @@ import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from qpipe.jobs import (
     run_folder,
     run_job,
 )
+from qpipe.launchers import Launch, build_launcher
 from qpipe.page.sweep import write_sweep_page
 from qpipe.record import strict, write_aside
 from qpipe.stages.calibrate import needed
@@ -94,7 +96,7 @@ class Sweep:
     id: str
     command: str
     axes: Mapping[str, Sequence[Any]]
-    rows: Sequence[Row]
+    rows: list[Row]
     status: str = "running"
     parent: str | None = None
 
@@ -147,6 +149,7 @@ def run_sweep(
     registry: PluginRegistry,
     typed: Sequence[str] = (),
     flags: Sequence[str] = (),
+    launcher: Sequence[str] = (),
 ) -> int:
     """Run the jobs under one parent, each in its own folder; return the exit code.
 
@@ -157,6 +160,7 @@ def run_sweep(
         jobs: the words of each job.
         typed: the words they were made of.
         flags: what each job's command begins with, --config and its file.
+        launcher: words that say how the jobs are carried out.
 
     Raises:
         RecipeError: the folder holds something else, or another process runs this sweep.
@@ -164,28 +168,35 @@ def run_sweep(
     if configs[0]["plan"]:
         return _plan(_rows(jobs, flags), configs, registry)
     rows = _rows(jobs, flags)
-    sweep = _sweep(rows, configs, console.command(["-m", *flags, *typed]))
+    launch_all = build_launcher(launcher)
+    sweep = _sweep(rows, configs, console.command(["-m", *flags, *launcher, *typed]))
     with _only_one(sweep):
-        return _run(sweep, configs, registry)
+        return _run(sweep, configs, registry, launch_all)
 
 
-def _run(sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry) -> int:
+def _run(
+    sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry, launch_all: Launch[Work, Row]
+) -> int:
     tracker = make_tracker(configs[0], registry)
     sweep.parent = tracker.start_sweep(configs[0], sweep.parent) if tracker else None
     bad: list[Row] = []
-    session = Session(several=True, also=wanted(configs, registry))
+    _of_this_process.cache_clear()
+    also = wanted(configs, registry)
+    work = [
+        Work(row, {**config, "out": str(sweep.folder / row.folder)}, sweep.parent, also, len(configs))
+        for row, config in zip(sweep.rows, configs, strict=True)
+    ]
     try:
         sweep.write()
-        for row, config in zip(sweep.rows, configs, strict=True):
-            console.notice(f"job {row.index + 1} of {len(sweep.rows)}: {row.varied}")
-            place = {**config, "out": str(sweep.folder / row.folder)}
-            _attempt(row, place, registry, sweep.parent, session)
+        for row in launch_all(carry_out, work):
+            sweep.rows[row.index] = row
             sweep.write()
-            if row.status in ("failed", "missed") and config["fail_fast"]:
+            if row.status in ("failed", "missed") and configs[0]["fail_fast"]:
                 break
         bad = [row for row in sweep.rows if row.status in ("failed", "missed")]
         sweep.status = "failed" if bad else "finished"
     finally:
+        _of_this_process.cache_clear()  # models and results of a sweep that is over
         sweep.status = "killed" if sweep.status == "running" else sweep.status
         sweep.write()
         write_sweep_page(sweep.folder)
@@ -206,6 +217,39 @@ def wanted(configs: Sequence[_Config], registry: PluginRegistry) -> dict[str, se
             static = [slot for slot in slots if slot and not slot.spec.dynamic]
             found.setdefault(front(config), set()).update(needed(slot) for slot in static)
     return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job as it is handed to a process: everything it needs can be pickled.
+
+    Args:
+        also: statistics that other jobs will want.
+        count: of all jobs.
+    """
+
+    row: Row
+    config: _Config
+    parent: str | None
+    also: Mapping[str, Collection[type[Statistics]]]
+    count: int
+
+
+def carry_out(work: Work) -> Row:
+    """Do one job, in whatever process, and return its row."""
+    registry, session = _of_this_process()
+    session.also = work.also
+    console.notice(f"job {work.row.index + 1} of {work.count}: {work.row.varied}")
+    _attempt(work.row, work.config, registry, work.parent, session)
+    return work.row
+
+
+@cache
+def _of_this_process() -> tuple[PluginRegistry, Session]:
+    from qpipe.registry import PluginRegistry
+
+    console.set_up_logs()
+    return PluginRegistry.load_installed(), Session(several=True)
 
 
 def _attempt(
@@ -241,7 +285,7 @@ def _plan(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegis
     return 4 if any(row.status == "failed" for row in rows) else 0
 
 
-def _sweep(rows: Sequence[Row], configs: Sequence[_Config], command: str) -> Sweep:
+def _sweep(rows: list[Row], configs: Sequence[_Config], command: str) -> Sweep:
     """Return the sweep of these jobs, as far as its folder says it was done."""
     what = [{k: v for k, v in config.items() if k not in PLACE} for config in configs]
     name = digest(what, code_version())

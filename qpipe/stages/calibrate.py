@@ -102,17 +102,22 @@ def observe(
     One pass shows all that the shelf lacks; where it lacks nothing, no batch is read.
     """
     shelf = shelf or Shelf()
-    seen = {edge: known for edge in edges if (known := _recall(shelf, edge)) is not None}
-    lacking = [edge for edge in edges if edge not in seen]
-    if lacking:
-        seen |= _collect(model, lacking, batches, task, trainer, shelf, also)
+    seen = _recall(shelf, edges)
+    if len(seen) < len(edges):
+        with shelf.alone():  # jobs in parallel wait for the first, and find what it saw
+            seen |= _recall(shelf, [edge for edge in edges if edge not in seen])
+            if lacking := [edge for edge in edges if edge not in seen]:
+                seen |= _collect(model, lacking, batches, task, trainer, shelf, also)
     return {edge: seen[edge] for edge in edges if seen[edge].seen}
 
 
-def _recall(shelf: Shelf, edge: FakeQuant) -> Statistics | None:
-    kind = needed(edge.slot)
-    entry = shelf.get(_label(edge, kind))
-    return None if entry is None else kind.from_state(entry.tensors)
+def _recall(shelf: Shelf, edges: Sequence[FakeQuant]) -> dict[FakeQuant, Statistics]:
+    found = {}
+    for edge in edges:
+        kind = needed(edge.slot)
+        if (entry := shelf.get(_label(edge, kind))) is not None:
+            found[edge] = kind.from_state(entry.tensors)
+    return found
 
 
 def _collect(
