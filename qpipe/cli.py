@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from qpipe.console import aligned, error, notice
 from qpipe.errors import QpipeError, RecipeError
+from qpipe.record import SAMPLES, strict
 from qpipe.registry import PluginRegistry
 
 if TYPE_CHECKING:
@@ -128,6 +130,44 @@ def _age(moment: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """Lay two runs beside each other."""
+    from qpipe.comparison import compare as compare_runs
+    from qpipe.page.compare import comparison_page, text_rows
+
+    with tempfile.TemporaryDirectory(prefix="qpipe-") as scratch:
+        a, b = (_run_folder(run, Path(scratch) / run) for run in (arguments.a, arguments.b))
+        found = {**compare_runs(a, b), "a": arguments.a, "b": arguments.b}
+    if arguments.html:
+        arguments.html.write_text(comparison_page(found), encoding="utf-8")
+    if arguments.json:
+        print(json.dumps(strict(found), indent=1))
+        return 0
+    print(f"A: {arguments.a}\nB: {arguments.b}")
+    for title, rows in text_rows(found):
+        print("\n".join(["", title, *aligned(rows)]) if rows else "", end="\n" if rows else "")
+    for warning in found["warnings"]:
+        notice(warning)
+    return 0
+
+
+def _run_folder(run: str, scratch: Path) -> Path:
+    """Return the folder of a run: itself, its report.json's, or one with the files its tracker has of it."""
+    from qpipe.config import compose_config
+
+    path = Path(run)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    if "/" in run or not (tracker := compose_config([])["tracker"]):
+        raise RecipeError(
+            f"{run} is no folder; give a finished run's folder, its report.json, or its tracker's id"
+        )
+    scratch.mkdir(exist_ok=True)
+    fetched = ("report.json", "config.yaml", SAMPLES)
+    PluginRegistry.load_installed().create("tracker", tracker).fetch(run, fetched, scratch)
+    return scratch
+
+
 def _stored_tracker(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file() or not (folder / "report.json").is_file():
@@ -160,6 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     caching.add_argument("kinds", nargs="*", metavar="KIND", help="these kinds only: statistics, baseline, …")
     caching.add_argument("--json", action="store_true")
     caching.set_defaults(command=cache)
+    comparing = commands.add_parser("compare", help="lay two runs beside each other")
+    for run in ("a", "b"):
+        comparing.add_argument(
+            run, metavar=run.upper(), help="a run's folder, its report.json, or its tracker's id"
+        )
+    comparing.add_argument("--json", action="store_true")
+    comparing.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as a page")
+    comparing.set_defaults(command=compare)
     return parser
 
 

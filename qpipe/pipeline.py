@@ -79,7 +79,7 @@ def run(
             told |= strategy.fit(simulation, reference, data, task, shelves.after(strategy), trainer) or {}
         final = preparation.now(simulation)
         artifacts = export(simulation, reference, evaluation, task, recipe, staging)
-        metrics, tables = evaluate(
+        metrics, tables, samples = evaluate(
             simulation, reference, artifacts, evaluation, task, recipe, trainer, shelves.baseline
         )
         report = Report(
@@ -94,7 +94,7 @@ def run(
             identity,
             tuple(f"{kind} ({count})" for kind, count in sorted(recipe.shelf.taken.items()) if count),
         )
-        write_record(report, config, staging)
+        write_record(report, config, staging, samples)
         if folder:
             write_page(staging, known_as=folder)
     return simulation, report

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 from qpipe.errors import RecipeError
 from qpipe.types import Report
 
+SAMPLES = "samples.safetensors"
 _Config = Mapping[str, Any]
 
 
@@ -73,8 +76,12 @@ def staged(folder: Path | None) -> Iterator[Path]:
                 place.rmdir()
 
 
-def write_record(report: Report, config: _Config | None, folder: Path) -> None:
-    """Write report.json, and config.yaml from which the run can be repeated."""
+def write_record(
+    report: Report, config: _Config | None, folder: Path, samples: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write report.json, config.yaml from which the run can be repeated, and figures sample by sample."""
+    if samples:
+        save_file({name: values.contiguous() for name, values in samples.items()}, folder / SAMPLES)
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
     text = json.dumps(strict(report_dict(report)), indent=1, default=str, allow_nan=False)

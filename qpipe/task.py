@@ -47,6 +47,10 @@ class Task:
         """Return fresh metrics, named with their unit, updated with update(output, batch)."""
         return {}
 
+    def scores(self, output: Any, batch: Any) -> Mapping[str, Tensor]:  # noqa: ANN401
+        """Return the metrics sample by sample where they are means over samples, [n], by the same names."""
+        return {}
+
     def notices(self, figures: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
         """Return what the user should know about the figures, by variant ('fp32', ...) and metric."""
         return ()

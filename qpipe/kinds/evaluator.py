@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torchmetrics import Metric
 
     from qpipe.recipe import Recipe, Reference
@@ -46,6 +47,20 @@ class Evaluator(ABC):
 
     def metrics(self, task: Task, variant: str) -> Mapping[str, Metric]:
         """Metrics fed in the shared pass: update(output, reference_output, batch); named with their unit."""
+        return {}
+
+    def samples(
+        self,
+        task: Task,
+        output: Any,  # noqa: ANN401
+        reference_output: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+    ) -> Mapping[str, Tensor]:
+        """Return a metric sample by sample, so that two runs can be compared in pairs, by the metric's name.
+
+        [n] where it is the mean over samples; [n, 2] where it is a ratio of sums over samples (in decibels if
+        its name says so), its numerator and denominator.
+        """
         return {}
 
     def measure(self, subject: Subject) -> Mapping[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,3 +49,11 @@ class Tracker(ABC):
             RecipeError: this tracker cannot.
         """
         raise RecipeError(f"tracker '{self.name}' cannot record a folder afterwards; run the job again")
+
+    def fetch(self, run: str, names: Sequence[str], folder: Path) -> None:
+        """Write those of a recorded run's files that are named, and there, into a folder.
+
+        Raises:
+            RecipeError: there is no such run, or this tracker cannot.
+        """
+        raise RecipeError(f"tracker '{self.name}' cannot fetch runs; give the run's folder")

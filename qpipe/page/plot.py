@@ -11,7 +11,7 @@ from typing import Any
 from qpipe.page import words
 
 WIDTH, HEIGHT = 640.0, 320.0
-_LEFT, _BOTTOM = 62.0, 44.0  # room for the labels of the axes
+_LEFT, _RIGHT, _BOTTOM = 62.0, 24.0, 44.0  # room for the labels of the axes
 _LETTER, _LINE = 6.4, 14.0  # size of a letter of a label
 _LONGEST = 36  # letters of a name in the plot; the table has all
 
@@ -53,7 +53,7 @@ def scatter(
     y_low, y_high = spread(without_stragglers([m["y"] + sign * m["sd"] for m in marks for sign in (-1, 1)]))
 
     def across(x: float) -> float:
-        return round(_LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT), 1)
+        return round(_LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT), 1)
 
     def up(y: float) -> float:
         return round((HEIGHT - _BOTTOM) * (1 - max(y - y_low, 0.0) / (y_high - y_low)), 1)

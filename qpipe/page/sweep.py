@@ -83,8 +83,7 @@ def sweep_page(sweep: Row) -> str:
         undrawn=[p.name for p in points if quality and p.value(quality) is None],
         effects=effects,
         heats=_heats(points, [effect["axis"] for effect in effects], quality),
-        columns=[c for c in columns if _varies(points, c)]
-        or [c for c in columns if not c.startswith("fp32.")],
+        columns=_shown(points, columns),
         points=points,
         seeded=any(len(point.jobs) > 1 for point in points),
         bad=[job for job in jobs if job["status"] not in ("finished", "pending")],
@@ -125,6 +124,12 @@ def _columns(points: Sequence[Point]) -> list[str]:
 
 def _varies(points: Sequence[Point], column: str | None) -> bool:
     return len({point.value(column) for point in points} - {None}) > 1
+
+
+def _shown(points: Sequence[Point], columns: Sequence[str]) -> list[str]:
+    """Return the columns of the table: those that vary; the float model's times vary by chance alone."""
+    own = [c for c in columns if not (c.startswith("fp32.") and words.unit(c) == "ms")]
+    return [c for c in own if _varies(points, c)] or own
 
 
 def _quality(points: Sequence[Point], columns: Sequence[str]) -> str | None:

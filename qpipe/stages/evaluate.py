@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from qpipe.cache import Entry, Shelf
 from qpipe.kinds.evaluator import Evaluator, Subject
 from qpipe.stages.forward import forward_pass, has_own_steps, own_pass
+from qpipe.stages.samples import PerSample
 from qpipe.types import Artifact
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def evaluate(
     recipe: Recipe,
     trainer: Trainer,
     shelf: Shelf | None = None,
-) -> tuple[Figures, dict[str, Any]]:
-    """Return metrics by variant and name, and tables by evaluator and variant.
+) -> tuple[Figures, dict[str, Any], dict[str, Tensor]]:
+    """Return metrics by variant and name, tables by 'variant.evaluator', samples by 'variant.metric'.
 
     Args:
         shelf: what was measured of this float model on these batches before.
@@ -71,14 +72,19 @@ def evaluate(
     outputs = ReferenceOutputs(reference.model, task)
     figures: Figures = {}
     tables: dict[str, Any] = {}
+    samples: dict[str, Tensor] = {}
     for variant, (model, artifact) in variants.items():
         known = shelf or Shelf() if variant == "fp32" else Shelf()
-        figures[variant] = score(variant, model, reference, outputs, batches, task, recipe, trainer, known)
+        kept = PerSample(recipe, task)
+        figures[variant] = score(
+            variant, model, reference, outputs, batches, task, recipe, trainer, known, kept
+        )
+        samples |= {f"{variant}.{name}": values for name, values in kept.gathered().items()}
         subject = Subject(variant, model, reference, batches, task, recipe, artifact)
         measured, rows = measure(subject, trainer.strategy.root_device, known)
         figures[variant] |= measured
         tables |= rows
-    return figures, tables
+    return figures, tables, samples
 
 
 class ReferenceOutputs:
@@ -138,11 +144,13 @@ def score(
     recipe: Recipe,
     trainer: Trainer,
     shelf: Shelf | None = None,
+    per_sample: PerSample | None = None,
 ) -> dict[str, float]:
     """Return every evaluator's metrics, and the model's own, from one pass of a variant.
 
     Args:
         shelf: what was measured of it before.
+        per_sample: is told of each batch of a quantized variant.
     """
     shelf = shelf or Shelf()
     if (entry := shelf.get(["pass", recipe.evaluators])) is not None:
@@ -160,6 +168,8 @@ def score(
         expected = output if variant == "fp32" else outputs.get(index, batch)
         for metric in metrics.values():
             metric.update(output, expected, batch)
+        if per_sample is not None and variant != "fp32":
+            per_sample.take(output, expected, batch)
 
     title = f"evaluate {variant}"
     own: dict[str, float] = {}

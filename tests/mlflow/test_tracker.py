@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from qpipe_mlflow._store import PROCESS_TAG, connect, quiet, resolve
 from qpipe_mlflow.tracker.mlflow import MLflowTracker
 
-from qpipe import PluginError, Report
+from qpipe import PluginError, RecipeError, Report
 
 CONFIG = {"weight": {"num_bits": 8, "calibrator": None}, "tracker": {"name": "mlflow"}, "layers": []}
 
@@ -83,6 +83,13 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
     }
     paths = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"report.json", "config.yaml", "onnx", "model"} <= paths
+    fetched = folder / "fetched"
+    fetched.mkdir()
+    MLflowTracker(uri).fetch(run.info.run_id, ("report.json", "samples.safetensors"), fetched)
+    assert [file.name for file in fetched.iterdir()] == ["report.json"]
+    for wrong, why in (("nothing", "32 hexadecimal digits"), ("0" * 32, "has no such run")):
+        with pytest.raises(RecipeError, match=why):
+            tracker.fetch(wrong, (), fetched)
     import mlflow.pyfunc  # warns when imported; the tracker imported it quietly
 
     local = client.download_artifacts(run.info.run_id, "model", str(folder))

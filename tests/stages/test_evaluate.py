@@ -53,7 +53,10 @@ def run(model: nn.Module, *evaluators: Evaluator, executed: nn.Module | None = N
         Artifact("data", "", Path(), "", 1),
     ]
     trainer = _quiet_trainer()
-    return evaluate(Off(model, 0.1), reference, artifacts, BATCHES, Classification(), recipe, trainer)
+    figures, tables, _ = evaluate(
+        Off(model, 0.1), reference, artifacts, BATCHES, Classification(), recipe, trainer
+    )
+    return figures, tables
 
 
 @pytest.fixture

@@ -39,6 +39,16 @@ class AccuracyEvaluator(Evaluator):
         """Return the task's metrics."""
         return {name: OfOutput(metric) for name, metric in task.metrics().items()}
 
+    def samples(
+        self,
+        task: Task,
+        output: Any,  # noqa: ANN401
+        reference_output: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+    ) -> Mapping[str, Tensor]:
+        """Return the task's own scores."""
+        return task.scores(output, batch)
+
 
 @hookimpl
 def qpipe_register_evaluator() -> list[type[Evaluator]]:

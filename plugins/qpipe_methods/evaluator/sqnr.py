@@ -75,6 +75,27 @@ class SQNREvaluator(Evaluator):
 
         return {**metrics, "agreement_percent": Mean(task, agreements, lambda mean: 100 * mean)}
 
+    def samples(
+        self,
+        task: Task,
+        output: Any,  # noqa: ANN401
+        reference_output: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+    ) -> Mapping[str, Tensor]:
+        """Return the same sample by sample, sqnr_db as the energies of signal and noise."""
+        x = task.compared(output).double()
+        reference = task.compared(reference_output).to(x.device).double()
+        rows, expected = (t.reshape(len(t) if t.dim() else 1, -1) for t in (x, reference))
+        energies = expected.square().sum(1), (rows - expected).square().sum(1)
+        found = {
+            "sqnr_db": torch.stack(energies, 1),
+            "mean_cosine": torch.cosine_similarity(rows, expected, dim=1),
+        }
+        if task.class_dim is not None:
+            equal = x.argmax(task.class_dim) == reference.argmax(task.class_dim)
+            found["agreement_percent"] = 100 * equal.double().reshape(len(equal), -1).mean(1)
+        return found
+
 
 def _energies(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return reference.square().sum(), (x - reference).square().sum()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qpipe import PluginError, Report, Tracker, hookimpl
+from qpipe import PluginError, RecipeError, Report, Tracker, hookimpl
 from qpipe_mlflow._record import REPORT_TAG, digest, log_config, log_folder
 from qpipe_mlflow._store import PROCESS_TAG, connect, process_tag, quiet, reconcile, resolve
 
@@ -98,6 +99,27 @@ class MLflowTracker(Tracker):
         except Exception as error:
             raise PluginError(f"tracking store {self.uri} does not answer: {error}") from None
         return self._where()
+
+    @quiet()
+    def fetch(self, run: str, names: Sequence[str], folder: Path) -> None:
+        """Download those of a run's files that are named, and there.
+
+        Raises:
+            RecipeError: the store knows no such run, or does not answer.
+        """
+        if not re.fullmatch("[0-9a-f]{32}", run):
+            raise RecipeError(f"no folder is named '{run}', and an MLflow run has 32 hexadecimal digits")
+        try:
+            self._connect()
+            assert self.client is not None  # noqa: S101  # connected just now
+            found = {item.path for item in self.client.list_artifacts(run)}
+            for name in found.intersection(names):
+                self.client.download_artifacts(run, name, str(folder))
+        except Exception as error:  # whatever a store raises
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RecipeError(
+                f"no folder is named '{run}', and {self.uri} has no such run: {first}"
+            ) from None
 
     def _record_once(self, folder: Path, parent: str | None) -> None:
         assert self.client is not None  # noqa: S101  # connected just now
