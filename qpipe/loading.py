@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def _slot(described: Mapping[str, Any], registry: PluginRegistry) -> Slot:
 
 
 def _take_structure(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Repeat what transforms did: a normalization became Identity, a clip got ranges, a layer a bias."""
+    """Repeat what transforms did: a norm became Identity, a clip ranges, a layer a bias, a tie was cut."""
     modules = dict(model.named_modules())
     for name in manifest["identities"]:
         if type(modules[name]) is not nn.Identity:
@@ -130,3 +131,16 @@ def _take_structure(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapp
         path, _, name = key.rpartition(".")
         if path in modules and modules[path]._parameters.get(name, value) is None:
             modules[path].register_parameter(name, nn.Parameter(torch.empty_like(value), requires_grad=False))
+    _untie(modules, tensors)
+
+
+def _untie(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Part tied parameters that were stored apart: a tied one is stored once."""
+    seen: set[nn.Parameter] = set()
+    for key in tensors:
+        path, _, name = key.rpartition(".")
+        parameter = modules[path]._parameters.get(name) if path in modules else None
+        if parameter in seen:
+            modules[path].register_parameter(name, copy.deepcopy(parameter))
+        if parameter is not None:
+            seen.add(parameter)

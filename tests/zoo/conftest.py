@@ -31,5 +31,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # the scale of a norm
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(folder)
     return folder

@@ -12,6 +12,7 @@ from torch import nn
 
 from qpipe import DataError, PluginError, RecipeError
 from qpipe.__main__ import main
+from qpipe.nn import disabled
 
 WORDS = "It is a truth universally acknowledged, that a single man in possession of a good fortune. "
 
@@ -197,3 +198,30 @@ def test_tied_weights_stay_tied(tmp_path: Path, tiny_llama: Path) -> None:
     assert isinstance(quantized, nn.Module)
     assert quantized.lm_head._parameters["weight"] is quantized.model.embed_tokens._parameters["weight"]
     assert quantized.lm_head.weight_quantizer is quantized.model.embed_tokens.weight_quantizer
+
+
+@pytest.mark.parametrize("name", ["smoothquant", "awq", "rotate"])
+def test_transforms_keep_a_llama_and_its_codes_are_stored(
+    name: str, tmp_path: Path, tiny_llama: Path
+) -> None:
+    import qpipe
+
+    data = text(tmp_path, tiny_llama, num_calibration=4, num_evaluation=4)
+    model, tokens = hf(str(tiny_llama)), {"input_ids": data.parts[1][0]["input_ids"][None]}
+    quantized, report = qpipe.quantize(
+        model,
+        data,
+        task=LanguageModeling(),
+        target="generic",
+        transform=[name],
+        weight={"num_bits": 4},
+        layers=[{"match": "*embed_tokens", "weight": None}, {"match": "lm_head", "weight": None}],
+        activation=None,
+        evaluator=[],
+        exporter=["safetensors"],
+        out=tmp_path / "run",
+    )
+    assert report.artifacts[0].proof["bit_equal"]
+    with disabled(quantized), torch.no_grad():
+        torch.testing.assert_close(quantized(**tokens).logits, model(**tokens).logits, rtol=1e-3, atol=1e-4)
+    assert bool((quantized.model.norm.weight == 1).all()) == (name == "rotate")

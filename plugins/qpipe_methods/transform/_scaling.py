@@ -14,7 +14,7 @@ from qpipe import DataError, QpipeError, Task
 from qpipe.graph import Call, Recording, Value, record
 from qpipe.task import Batches
 
-_SAME = (
+SAME = (
     "dropout",
     "to",
     "float",
@@ -24,7 +24,7 @@ _SAME = (
     "type_as",
 )  # hand channels on as they are
 _MOVED = (
-    *_SAME,
+    *SAME,
     "reshape",
     "view",
     "flatten",
@@ -94,26 +94,26 @@ def recorded(model: nn.Module, batches: Batches, task: Task) -> Recording:
 
 def find_junctions(model: nn.Module, recording: Recording) -> list[Junction]:
     """Return every tensor read by linear layers alone whose channels its maker can divide, in order."""
-    return [*_Finder(model, recording).junctions()]
+    return [*Finder(model, recording).junctions()]
 
 
-class _Finder:
+class Finder:
+    """Say which calls of a recording are linear layers, and what leads where."""
+
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.modules = dict(model.named_modules())
         self.calls = recording.calls
         self.times = Counter(invocation.path for invocation in recording.invocations)
 
     def junctions(self) -> Iterator[Junction]:
-        values = dict.fromkeys(
-            self._back(call.inputs[0], _SAME) for call in self.calls if self._is_layer(call)
-        )
+        values = dict.fromkeys(self.back(call.inputs[0], SAME) for call in self.calls if self.is_layer(call))
         for value in values:
             readers = self._readers(value)
             found = self._source(value) if readers else None
             if readers and found is not None:
                 yield Junction(tuple(dict.fromkeys(readers)), *found)
 
-    def _is_layer(self, call: Call) -> bool:
+    def is_layer(self, call: Call) -> bool:
         """Whether call is a linear layer's only one, with a weight nobody shares."""
         path = call.invocation.path
         is_linear = call.op == "linear" and isinstance(self.modules[path], nn.Linear)
@@ -124,7 +124,8 @@ class _Finder:
         return value.kind == "parameter" and len(value.parameters) == 1 and len(value.consumers) == 1
 
     @staticmethod
-    def _back(value: Value, ops: Sequence[str]) -> Value:
+    def back(value: Value, ops: Sequence[str]) -> Value:
+        """Go back through operations that hand channels on."""
         while value.call is not None and value.call.op in ops:
             value = value.call.inputs[0]
         return value
@@ -133,11 +134,9 @@ class _Finder:
         """Return the layers that read value, None if anything else does."""
         readers: list[str] = []
         for call in value.consumers:
-            if self._is_layer(call) and call.inputs[0] is value:
+            if self.is_layer(call) and call.inputs[0] is value:
                 readers.append(call.invocation.path)
-            elif (
-                call.op in _SAME and not call.hidden and (more := self._readers(call.outputs[0])) is not None
-            ):
+            elif call.op in SAME and not call.hidden and (more := self._readers(call.outputs[0])) is not None:
                 readers += more
             else:
                 return None
@@ -150,13 +149,13 @@ class _Finder:
             return None
         width = value.shape[-1]
         plain = torch.arange(width)
-        if self._is_layer(call):
+        if self.is_layer(call):
             return tuple(value.parameters[0] for value in call.inputs[1:]), plain
         learned = [v for v in call.inputs if v.kind == "parameter"]
         if learned and (call.op == "mul" or call.op in _NORMS):
             own = all(self._is_own(v) and v.shape == (width,) for v in learned)
             return (tuple(v.parameters[0] for v in learned), plain) if own else None
-        if call.op in (*_SAME, "relu", "mul"):
+        if call.op in (*SAME, "relu", "mul"):
             return self._through(call)
         return self._values(value)
 
@@ -172,12 +171,12 @@ class _Finder:
 
     def _values(self, value: Value) -> tuple[_Parameters, Tensor] | None:
         """Go back through attention, which averages its values channel by channel."""
-        attended = self._back(value, _MOVED).call
+        attended = self.back(value, _MOVED).call
         if attended is None or attended.op != "scaled_dot_product_attention":
             return None
         values = attended.inputs[2]
-        made = self._back(values, _MOVED).call
-        if made is None or not self._is_layer(made) or not self._only(attended.outputs[0], value):
+        made = self.back(values, _MOVED).call
+        if made is None or not self.is_layer(made) or not self.leads(attended.outputs[0], value):
             return None
         size, heads = values.shape[-1], attended.outputs[0].shape[1]
         rows = made.outputs[0].shape[-1]
@@ -185,12 +184,12 @@ class _Finder:
             return None
         head = torch.arange(heads) // (heads // (rows // size))
         index = (head[:, None] * size + torch.arange(size)).flatten()
-        if not self._only(made.outputs[0], values):
+        if not self.leads(made.outputs[0], values):
             return None
         return tuple(value.parameters[0] for value in made.inputs[1:]), index
 
     @staticmethod
-    def _only(start: Value, end: Value) -> bool:
+    def leads(start: Value, end: Value) -> bool:
         """Whether nothing but what leads to end reads start."""
         while start is not end:
             if len(start.consumers) != 1 or start.is_output:
