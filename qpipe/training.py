@@ -412,14 +412,15 @@ def _fresh(trainer: Trainer, epochs: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def listening(trainer: Trainer, callback: Callback) -> Iterator[None]:
-    """Lend the trainer a callback."""
+def listening(trainer: Trainer, *lent: Callback) -> Iterator[None]:
+    """Lend the trainer callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-    callbacks.append(callback)
+    callbacks.extend(lent)
     try:
         yield
     finally:
-        callbacks.remove(callback)
+        for callback in lent:
+            callbacks.remove(callback)
 
 
 def _unknown(key: str) -> str:

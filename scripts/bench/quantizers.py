@@ -51,6 +51,9 @@ def rows() -> Iterator[Choices]:
     yield {"quantizer": "ternary", "weight": {"num_bits": 2}, **blocks(64)}
     yield {"quantizer": {"name": "ternary", "exact": True}, "weight": {"num_bits": 2}, **blocks(64)}
     yield {"quantizer": "binary", "weight": {"num_bits": 1}, **blocks(64)}
+    for dim, bits in ((4, 8), (8, 8)):  # 2 bits and 1 bit a weight
+        vector = {"name": "vector", "dim": dim, "starts": 1, "max_iterations": 10}
+        yield {"quantizer": vector, "weight": {"num_bits": bits}, "granularity": "layer"}
     for bits in (4, 2, 3):
         yield {"quantizer": "uniform", "weight": {"num_bits": bits}, **blocks(64)}
         yield {"quantizer": "mse", "weight": {"num_bits": bits}, **blocks(64)}
@@ -130,7 +133,9 @@ def main() -> None:
         start = time.process_time()
         text, size = sentences.measure(choices)
         seen = "| - | - "
-        if choices["weight"]["num_bits"] >= 4:  # below, rounding to nearest leaves nothing to compare
+        if choices["weight"]["num_bits"] >= 4 and "vector" not in words(
+            choices
+        ):  # below, rounding to nearest leaves nothing to compare
             image, _ = photos.measure(choices)
             seen = f"| {image['sqnr_db']:.1f} | {image['agreement']:.2f} "
         spent = time.process_time() - start
