@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qpipe.artifact import write_codes
     from qpipe.cache import Entry, Shelf
-    from qpipe.conversion import CodedActivation, CodedWeight, convert
+    from qpipe.conversion import CodedActivation, CodedWeight, DynamicActivation, convert
     from qpipe.errors import DataError, GateError, PluginError, ProofError, QpipeError, RecipeError
     from qpipe.hookspecs import hookimpl
     from qpipe.kinds.calibrator import Calibrator
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HOME = {
     "artifact": ["write_codes"],
     "cache": ["Entry", "Shelf"],
-    "conversion": ["CodedActivation", "CodedWeight", "convert"],
+    "conversion": ["CodedActivation", "CodedWeight", "DynamicActivation", "convert"],
     "errors": ["DataError", "GateError", "PluginError", "ProofError", "QpipeError", "RecipeError"],
     "hookspecs": ["hookimpl"],
     "kinds.calibrator": ["Calibrator"],

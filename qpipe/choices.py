@@ -252,6 +252,8 @@ def _not_executed(recipe: Recipe) -> Iterator[str]:
         if not slot.quantizer.is_affine(slot.spec):
             yield f"no engine of target '{target.name}' executes quantizer '{slot.quantizer.name}': simulated"
         described = slot.describe()
+        if role is Role.WEIGHT and recipe.activation is None:
+            continue  # nothing is multiplied by codes of activations: any that can be stored are executed
         for key, values in allowed.items():
             if values and described[key] not in values:
                 words = " or ".join(str(v).lower() for v in values)

@@ -15,11 +15,14 @@ from qpipe.sharing import shared_copy
 from qpipe.types import QParams, QuantSpec
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
     """Return a copy of a prepared, calibrated model that computes with integer codes.
 
     Weights become integer buffers behind `quantized_decomposed.dequantize_*`, their float parameters are
     dropped; activations pass `quantize_per_tensor` and `dequantize_per_tensor`. Engines are given this graph.
+
+    Args:
+        dynamic: let a DynamicActivation stand where ranges are taken from each tensor; else they are refused.
 
     Raises:
         RecipeError: codes are not scale * (code - zero_point), or a range is dynamic.
@@ -36,8 +39,14 @@ def convert(model: nn.Module) -> nn.Module:
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, qnn.FakeQuant) and child.enabled:
-                setattr(parent, name, stand_ins.get(id(child)) or CodedActivation(child))
+                setattr(parent, name, stand_ins.get(id(child)) or _activation(child, dynamic))
     return model
+
+
+def _activation(fake_quant: qnn.FakeQuant, dynamic: bool) -> nn.Module:
+    if dynamic and fake_quant.slot.spec.dynamic:
+        return DynamicActivation(fake_quant)
+    return CodedActivation(fake_quant)
 
 
 class CodedWeight(nn.Module):
@@ -99,6 +108,34 @@ class CodedActivation(nn.Module):
         codes = ops.quantize_per_tensor(x, self.scale, self.zero_point, *self.limits)
         result: Tensor = ops.dequantize_per_tensor(codes, self.scale, self.zero_point, *self.limits)
         return result
+
+
+class DynamicActivation(nn.Module):
+    """Round an activation to levels fitted to itself; stands where its quantizer stood.
+
+    An engine that has an operation for it puts that in the place of `forward`.
+    """
+
+    def __init__(self, fake_quant: qnn.FakeQuant) -> None:
+        super().__init__()
+        self.name = fake_quant.name
+        self.fake_quant = fake_quant
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each row of features has its own scale."""
+        return self.fake_quant.slot.granularity.dynamic_only
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Return the scale of each element of x."""
+        granularity = self.fake_quant.slot.granularity
+        scale = self.fake_quant.dynamic_qparams(x).scale
+        return granularity.from_blocks(scale.expand_as(granularity.to_blocks(x)), x.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round x to its levels."""
+        rounded: Tensor = self.fake_quant(x)
+        return rounded
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:

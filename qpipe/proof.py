@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qpipe.calls import Call, batch_size, moved
-from qpipe.conversion import CodedActivation, CodedWeight
+from qpipe.conversion import CodedActivation, CodedWeight, DynamicActivation
 from qpipe.errors import ProofError
 
 if TYPE_CHECKING:
@@ -131,13 +132,19 @@ class StepByStep:
 
 
 @contextmanager
-def forced(converted: nn.Module, codes: Mapping[int, Tensor], result: StepByStep) -> Iterator[None]:
+def forced(
+    converted: nn.Module,
+    codes: Mapping[int, Tensor],
+    result: StepByStep,
+    dynamic: Mapping[int, Tensor] | None = None,
+) -> Iterator[None]:
     """Let every activation quantizer be compared, and answer with the executed codes.
 
     Args:
         codes: of the n-th activation quantizer that is executed, from 0; absent where the engine shows none.
+        dynamic: the reals the n-th quantizer with dynamic ranges returned.
     """
-    turn = iter(range(10**9))
+    turn, dynamic_turn, rounded = count(), count(), dynamic or {}
 
     def force(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         executed = codes.get(next(turn)) if output.is_floating_point() else None
@@ -147,7 +154,16 @@ def forced(converted: nn.Module, codes: Mapping[int, Tensor], result: StepByStep
         result.add(module.name, executed, torch.round(output / module.scale).int() + module.zero_point)
         return (executed - module.zero_point).to(output.dtype) * module.scale
 
-    handles = [m.register_forward_hook(force) for m in converted.modules() if isinstance(m, CodedActivation)]
+    def force_dynamic(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        executed = rounded.get(next(dynamic_turn)) if output.is_floating_point() else None
+        if executed is None or not isinstance(module, DynamicActivation):
+            return output
+        executed, steps = executed.reshape(output.shape), module.steps(args[0])
+        result.add(module.name, *(torch.round(x / steps).int() for x in (executed, output)))
+        return executed
+
+    hooks = {CodedActivation: force, DynamicActivation: force_dynamic}
+    handles = [m.register_forward_hook(hooks[type(m)]) for m in converted.modules() if type(m) in hooks]
     try:
         yield
     finally:
@@ -207,15 +223,15 @@ def calls(context: ExportContext) -> Iterator[Call]:
 def end_to_end(module: nn.Module, context: ExportContext, samples: int) -> dict[str, Any]:
     """Compare all of a file with all of the simulation, on as many samples."""
     outputs: list[tuple[Tensor, Tensor]] = []
-    count = 0
+    seen = 0
     for args, kwargs in calls(context):
         pair = (module(*args, **kwargs), context.simulation(*args, **kwargs))
         outputs.append((context.task.compared(pair[0]).cpu(), context.task.compared(pair[1]).cpu()))
-        count += batch_size((args, kwargs))
-        if count >= samples:
+        seen += batch_size((args, kwargs))
+        if seen >= samples:
             break
     executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
-    return {"samples": count, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
+    return {"samples": seen, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from qpipe.proof import Agreement, LayerCalls, StepByStep, forced, forced_layers
 from qpipe_onnx._runtime import session
 
 _QUANTIZED = re.compile(r"quantize_per_tensor(?:_(\d+))?")  # named in order of execution by torch.export
+_DYNAMIC = re.compile(r"(dynamic_(\d+))\.\w+")
 _ADVICE = (
     "leave it in floating point (layers=[…]), or use weight.num_bits=7 on a processor whose int8 products "
     "saturate"
@@ -32,7 +33,7 @@ def step_by_step(converted: nn.Module, path: Path, call: Call, task: Task) -> di
     result = StepByStep("ONNX Runtime", _ADVICE)
     with (
         torch.no_grad(),
-        forced(converted, executed.codes, result),
+        forced(converted, executed.codes, result, executed.dynamic),
         forced_layers(converted, executed.layers, result),
     ):
         simulated = task.compared(converted(*call[0], **call[1]))
@@ -43,10 +44,17 @@ def step_by_step(converted: nn.Module, path: Path, call: Call, task: Task) -> di
 
 @dataclass
 class _Executed:
-    """What ONNX Runtime computed: outputs, the codes of quantizers by their turn, layers by their weight."""
+    """What ONNX Runtime computed.
+
+    Args:
+        codes: of quantizers with stored ranges, by their turn.
+        dynamic: what quantizers with dynamic ranges made, by their turn.
+        layers: by their weight.
+    """
 
     outputs: list[Tensor]
     codes: dict[int, Tensor]
+    dynamic: dict[int, Tensor]
     layers: LayerCalls
 
 
@@ -64,6 +72,7 @@ def _executed(path: Path, call: Call) -> _Executed:
         if node.op_type == "QuantizeLinear" and match:
             turns[int(match.group(1) or 0)] = node.outputs[0]
         layers += [found] if (found := _weights.layer(node)) is not None else []
+        asked |= {v: None for v in node.outputs if _DYNAMIC.fullmatch(str(v.name))}
     asked |= dict.fromkeys([*turns.values(), *(value for _, *ends in layers for value in ends)])
     model.graph.outputs[:] = [value for value in asked if not value.is_graph_input()]
     values = _values(ir.to_proto(model).SerializeToString(), call)
@@ -71,7 +80,20 @@ def _executed(path: Path, call: Call) -> _Executed:
     for weight, before, after in layers:
         by_weight.setdefault(weight, []).append((values[str(before.name)], values[str(after.name)]))
     codes = {turn: values[str(value.name)].int() for turn, value in turns.items()}
-    return _Executed([values[str(value.name)] for value in outputs], codes, by_weight)
+    return _Executed([values[str(value.name)] for value in outputs], codes, _dynamic_edges(values), by_weight)
+
+
+def _dynamic_edges(values: dict[str, Tensor]) -> dict[int, Tensor]:
+    from qpipe_onnx._dynamic import CODES, MIDDLE, SCALE, ZERO_POINT
+
+    edges: dict[int, Tensor] = {}
+    for name in values:
+        match = _DYNAMIC.fullmatch(name)
+        if match and name.endswith(CODES):
+            codes, scale = values[name].int(), values[match[1] + SCALE]
+            zero_point = values.get(match[1] + ZERO_POINT, torch.tensor(MIDDLE)).int()
+            edges[int(match[2])] = (codes - zero_point) * scale
+    return edges
 
 
 def _values(file: bytes, call: Call) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from qpipe_onnx import _dynamic
 from qpipe_onnx._nodes import (
     Array,
     Dequantizer,
@@ -38,6 +39,7 @@ def tidy(model: ir.Model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ClearMetadataAndDocStringPass()(model)
     _fold_casts(model.graph)
+    _dynamic.name(model.graph)
     passes.DeduplicateInitializersPass()(model)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
@@ -68,11 +70,14 @@ def fuse(model: ir.Model) -> None:
             _drop_saturated(model.graph, node)
         elif node.op_type in ("Conv", "Gemm"):
             _quantize_bias(model.graph, node)
+    _dynamic.lower(model.graph)
     passes.RemoveUnusedNodesPass()(model)
 
 
 def strip(model: ir.Model) -> None:
     """Turn a QDQ graph into the float graph of the same architecture: no codes, no rounding."""
+    _dynamic.strip(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
     for node in [*model.graph]:
         if node.op_type == "QuantizeLinear":
             for dequantize in node.outputs[0].consumers():
@@ -124,18 +129,28 @@ def _flatten_behind(graph: ir.Graph, pool: ir.Node) -> None:
 
 def _move_codes(graph: ir.Graph, node: ir.Node) -> None:
     """Let an operation that only moves values move codes: it is dequantized behind, not before."""
-    before = dequantizer(node.inputs[0])
-    if before is None or before.codes is not None or len(node.outputs) != 1 or before.scale.size != 1:
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if before is None or not _has_one_scale(before) or len(node.outputs) != 1:
         return
-    behind = ir.node("DequantizeLinear", [node.outputs[0], *before.node.inputs[1:]])
+    behind = ir.node("DequantizeLinear", [node.outputs[0], *before.inputs[1:]])
     replace(graph, node.outputs[0], behind.outputs[0], but=behind)
     graph.insert_after(node, behind)
-    codes = before.node.inputs[0]
+    codes = before.inputs[0]
     node.replace_input_with(0, codes)
     if codes is not None and codes.dtype is not None:
         node.outputs[0].dtype = codes.dtype
-    if not before.node.outputs[0].uses():
-        graph.remove(before.node, safe=True)
+    if not before.outputs[0].uses():
+        graph.remove(before, safe=True)
+
+
+def _has_one_scale(node: ir.Node) -> bool:
+    """Say whether a node dequantizes what is computed, with a stored scale or that of the whole tensor."""
+    if node.op_type != "DequantizeLinear" or constant(node.inputs[0]) is not None:
+        return False
+    scale, value = constant(node.inputs[1]), node.inputs[1]
+    source = value.producer() if value is not None else None
+    is_dynamic = source is not None and source.op_type == "DynamicQuantizeLinear"
+    return is_dynamic or (scale is not None and scale.size == 1)
 
 
 def _pad_inside(graph: ir.Graph, node: ir.Node) -> None:

@@ -32,11 +32,20 @@ def trace(model: nn.Module, call: Call, opset: int) -> onnx_ir.Model:
     Raises:
         RecipeError: the model's forward fixes the batch size, or an operation has no ONNX form.
     """
+    from qpipe_onnx import _dynamic
+
     call = two_samples(call)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _dynamic.placed(model) as translations:
         try:
             exported = torch.export.export(model, *call, dynamic_shapes=dynamic_batch(call), strict=False)
-            program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=translations,
+            )
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise RecipeError(

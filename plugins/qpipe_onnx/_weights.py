@@ -97,7 +97,12 @@ def _read_in_float(node: ir.Node) -> Weight | None:
         return weight_of(node.inputs[0])
     if node.op_type in (*_MOVES, "DequantizeLinear", "QuantizeLinear") or len(node.inputs) < 2:
         return None
-    return weight_of(node.inputs[1]) if dequantizer(node.inputs[0]) is None else None
+    return None if _is_rounded(node.inputs[0]) else weight_of(node.inputs[1])
+
+
+def _is_rounded(value: ir.Value | None) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def layer(node: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:

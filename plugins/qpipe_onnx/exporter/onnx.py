@@ -20,7 +20,9 @@ from qpipe import (
     Recipe,
     RecipeError,
     Role,
+    Samples,
     Slot,
+    Target,
     convert,
     hookimpl,
 )
@@ -60,8 +62,12 @@ class OnnxExporter(Exporter):
     def reason_not(self, recipe: Recipe) -> str | None:
         """Name the first thing ONNX Runtime has no integer form for."""
         slots = [*recipe.every_slot()]
-        static = any(role is Role.ACTIVATION and not slot.spec.dynamic for role, slot in slots)
-        reasons = (_reason(role, slot, static) for role, slot in slots)
+        rounded = any(role is Role.ACTIVATION for role, _ in slots)
+        reasons = (
+            _reason(role, slot, rounded)
+            or (_reason_dynamic(slot, recipe.target) if slot.spec.dynamic else None)
+            for role, slot in slots
+        )
         return next((reason for reason in reasons if reason is not None), None)
 
     def export(self, context: ExportContext) -> Artifact:
@@ -75,7 +81,7 @@ class OnnxExporter(Exporter):
         if call is None:
             raise DataError("there is no evaluation sample to prove the ONNX file on; give the data some")
         path = context.folder / _FILE
-        converted = convert(context.simulation).cpu()
+        converted = convert(context.simulation, dynamic=True).cpu()
         call = moved(call, "cpu")
         with torch.no_grad():
             output = indexed(converted(*call[0], **call[1]))
@@ -110,29 +116,51 @@ class OnnxExporter(Exporter):
             }
 
 
-def _reason(role: Role, slot: Slot, static: bool) -> str | None:
+def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
+    """Say what no integer product is made of; rounded: activations are codes too."""
     spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
     if not quantizer.is_affine(spec):
         return (
             f"the levels of quantizer '{quantizer.name}' ({role.value}s) are not scale * (code - zero_point)"
         )
-    if spec.dynamic:
-        return f"{role.value}.dynamic=true: ranges taken while running have no QuantizeLinear"
     if role is Role.ACTIVATION and spec.num_bits != 8:
         return f"ONNX Runtime computes on 8-bit activations, not activation.num_bits={spec.num_bits}"
     if role is Role.WEIGHT and spec.num_bits > 8:
         return f"ONNX Runtime computes on weights of at most 8 bits, not weight.num_bits={spec.num_bits}"
-    if not static:
+    if not rounded or spec.dynamic:
         return None
     rows = 1 if role is Role.ACTIVATION else _PROBE.shape[0]
     blocks = granularity.to_blocks(_PROBE).shape[0]
     if blocks > rows:
         return (
             f"granularity '{granularity.name}' gives {role.value}s more scales than one a channel, which "
-            "ONNX Runtime does not multiply by codes; use activation=null, or granularity=channel"
+            "ONNX Runtime does not multiply by codes; use granularity=channel, or activation=null (and "
+            "exporter.onnx.accuracy_level=4 to round activations in blocks while running)"
         )
     if blocks > 1 and not spec.symmetric:
         return "ONNX Runtime wants one zero point for all channels; use weight.symmetric=true"
+    return None
+
+
+def _reason_dynamic(slot: Slot, target: Target) -> str | None:
+    """Say why ONNX Runtime would not take the same ranges while it runs."""
+    spec, per_token = slot.spec, slot.granularity.dynamic_only
+    if not target.dynamic:
+        return (
+            f"activation.dynamic=true: target '{target.name}' has stored ranges at every operation; "
+            "use target=x86_linear"
+        )
+    if (spec.symmetric, spec.signed) != (per_token, per_token):
+        words = str(per_token).lower()
+        return (
+            f"ONNX Runtime takes ranges of a {'token' if per_token else 'tensor'} while running "
+            f"with activation.symmetric={words} activation.signed={words}"
+        )
+    samples = Samples(slot.granularity.to_blocks(torch.linspace(-1, 2, 512).sinh().reshape(8, 64)))
+    ranged, seen = slot.calibrator.range(samples, slot.quantizer, spec), samples.extremes()
+    if not torch.equal(ranged.low, seen.low) or not torch.equal(ranged.high, seen.high):
+        name = slot.calibrator.name
+        return f"ONNX Runtime takes extremes while running, not what calibrator '{name}' does; use minmax"
     return None
 
 
