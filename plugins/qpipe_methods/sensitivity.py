@@ -161,14 +161,14 @@ MEASURES = (*_OUTPUT, "hessian")
 
 
 def measure(
-    by: str, found: Sequence[Candidates], model: nn.Module, batches: Batches, task: Task, draws: int = 8
+    by: str, found: Sequence[Candidates], model: nn.Module, batches: Batches, task: Task, draws: int = 2
 ) -> list[list[float]]:
     """Return what each choice of each tensor costs alone, everything else in floating point; 0 is nothing.
 
     Args:
         by: 'sqnr' (noise energy over signal energy of the output), 'kl' (mean, nats) or 'hessian' (HAWQ-v2's
             Omega: mean trace times ||Q(W) - W||^2). All add up over tensors to first order.
-        draws: random vectors a batch, of the Hessian.
+        draws: random vectors a batch and weight, of the Hessian.
     """
     if by == "hessian":
         return omegas(found, model, batches, task, draws)
@@ -221,7 +221,7 @@ def on_device(batch: Any, model: nn.Module) -> Any:  # noqa: ANN401
 
 
 def omegas(
-    found: Sequence[Candidates], model: nn.Module, batches: Batches, task: Task, draws: int = 8
+    found: Sequence[Candidates], model: nn.Module, batches: Batches, task: Task, draws: int = 2
 ) -> list[list[float]]:
     """Return the mean trace of the Hessian times ||Q(W) - W||^2, for each choice of each layer.
 
@@ -255,21 +255,21 @@ def mean_traces(
     model: nn.Module,
     batches: Batches,
     task: Task,
-    draws: int = 8,
+    draws: int = 2,
     seed: int = 0,
 ) -> list[float]:
     """Return trace(H) / n of each weight, by Hutchinson's estimate with Rademacher vectors.
 
     H is the Hessian of the output's distance to the float model's: of KL where the output has classes, of
     half the squared error, summed over a sample's outputs, elsewhere; the mean over samples. No labels. At
-    the float weights it is the Gauss-Newton matrix. One pass serves all weights: v'Hv splits into
-    v_i'(Hv)_i, whose cross terms vanish in expectation; exact in one draw where H is diagonal.
+    the float weights it is the Gauss-Newton matrix. Each weight has vectors of its own (one for all weights
+    is as unbiased, but the terms between layers drown small traces); exact in one draw where H is diagonal.
 
     Source: Dong et al., 2019, arXiv 1911.03852, equations 6 and 7.
     """
     batches = [*batches]
     generator = torch.Generator().manual_seed(seed)
-    progress = Progress("sensitivity hessian", len(batches) * draws)
+    progress = Progress("sensitivity hessian", len(batches) * len(weights))
     sums = torch.zeros(len(weights) + 1, dtype=torch.float64)  # the last one counts samples
     with _differentiable(weights, model) as parameters:
         for batch in batches:
@@ -278,14 +278,19 @@ def mean_traces(
             sums[-1] += len(output)
             distance = _distance(output, task.class_dim)
             gradients = torch.autograd.grad(distance, parameters, create_graph=True)
-            for _ in range(draws):
-                signs = [_signs(p, generator) for p in parameters]
-                products = torch.autograd.grad(gradients, parameters, signs, retain_graph=True)
-                for i, (v, hv) in enumerate(zip(signs, products, strict=True)):
-                    sums[i] += (v * hv).sum(dtype=torch.float64).item() / draws
-                progress.step(f"{sums[-1]:.0f} samples")
+            for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+                for _ in range(draws):
+                    sums[i] += _curvature(gradient, parameter, generator) / draws
+                progress.step(weights[i].name)
     *totals, samples = over_processes(sums).tolist()
     return [max(total, 0.0) / samples / p.numel() for total, p in zip(totals, parameters, strict=True)]
+
+
+def _curvature(gradient: Tensor, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Return v'Hv for random signs v."""
+    v = (torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1).to(parameter)
+    (product,) = torch.autograd.grad(gradient, parameter, v, retain_graph=True)
+    return (v * product).sum(dtype=torch.float64).detach().cpu()
 
 
 def _distance(output: Tensor, dim: int | None) -> Tensor:
@@ -294,10 +299,6 @@ def _distance(output: Tensor, dim: int | None) -> Tensor:
         return (output - reference).square().sum() / 2
     theirs = reference.log_softmax(dim)
     return F.kl_div(output.log_softmax(dim), theirs, reduction="sum", log_target=True)
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
 
 
 @contextmanager

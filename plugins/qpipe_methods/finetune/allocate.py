@@ -36,7 +36,7 @@ class Allocate(FinetuneStrategy):
         sensitivity: sqnr (noise over signal of the output), kl (of its classes) or hessian (HAWQ-v2).
         bits: widths a layer may have.
         num_samples: of the calibration set.
-        draws: random vectors a batch, for sensitivity=hessian.
+        draws: random vectors a batch and weight, for sensitivity=hessian.
 
     Source: Dong et al., "HAWQ-V2", 2019, arXiv 1911.03852; Cai et al., "ZeroQ", 2020, arXiv 2001.00281 (KL,
     Pareto front).
@@ -52,7 +52,7 @@ class Allocate(FinetuneStrategy):
         sensitivity: str = "sqnr",
         bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
         num_samples: int = 32,
-        draws: int = 8,
+        draws: int = 2,
     ) -> None:
         given = {key: value for key, value in budget.items() if value is not None}
         if unknown := [key for key in budget if key not in LEDGERS]:
