@@ -178,6 +178,14 @@ def _stored_tracker(folder: Path) -> dict[str, Any]:
     return dict(tracker)
 
 
+def completion(arguments: argparse.Namespace) -> int:
+    """Print the script that makes a shell complete words, or what a command line could go on with."""
+    from qpipe.completion import SCRIPTS, continuations
+
+    print(SCRIPTS.get(arguments.shell) or "\n".join(continuations(arguments.words, arguments.commands)))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qpipe", description="Quantize PyTorch models.")
     commands = parser.add_subparsers(title="commands", required=True)
@@ -189,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     scaffold.add_argument("name", help="of the package: qpipe-mine")
     scaffold.add_argument("--folder", type=Path, default=Path(), help="where to put it (default: here)")
     scaffold.set_defaults(command=new_plugin)
+    completing = commands.add_parser(
+        "completion", help='let a shell complete: eval "$(qpipe completion bash)"'
+    )
+    completing.add_argument("shell", choices=["bash", "zsh", "fish", "words"])
+    completing.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    completing.set_defaults(command=completion, commands=commands.choices)
     syncing = commands.add_parser("sync", help="record finished run folders that their tracker never got")
     syncing.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     syncing.set_defaults(command=sync)

@@ -161,7 +161,8 @@ class PluginRegistry:
             raise RecipeError(f"{kind} '{name}' cannot be built with {given}: {error}") from error
 
     def _unknown(self, kind: str, name: str) -> str:
-        installed = self.names(kind)
+        presets = (path.stem for path in (conf_dir() / kind).glob("*.yaml"))
+        installed = sorted({*self.names(kind), *presets})
         lead = f"no {kind} named '{name}'{suggest(name, installed)}"
         joint = " " if lead.endswith("?") else "; "
         return "; ".join([f"{lead}{joint}installed: {', '.join(installed) or 'none'}", *self.notices])

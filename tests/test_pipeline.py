@@ -197,6 +197,7 @@ def test_an_explicit_calibrator_wins_over_the_presets(registry: PluginRegistry) 
     ("choices", "message"),
     [
         ({"calibrator": "mes"}, "did you mean 'mse'"),
+        ({"quantizer": "klx"}, r"no quantizer named 'klx'; did you mean 'kl'\? installed: .*mxfp4"),
         ({"weight": {"calibrator": "kl"}}, r"calibrator 'kl' cannot serve weights \(weight.calibrator=kl\)"),
         ({"weight": {"num_bitz": 4}}, "weight has no key 'num_bitz'"),
         ({"weight": {"dynamic": True}}, "no meaning"),
