@@ -16,11 +16,13 @@ import yaml
 
 from qpipe.console import aligned, error, notice
 from qpipe.errors import QpipeError, RecipeError
-from qpipe.record import SAMPLES, strict
+from qpipe.record import SAMPLES, strict, write_aside
 from qpipe.registry import PluginRegistry
 
 if TYPE_CHECKING:
     from qpipe.cache import Listed
+
+SWEEP = "sweep.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,9 +80,33 @@ def sync(arguments: argparse.Namespace) -> int:
     """Record finished run folders that their tracker never got."""
     registry = PluginRegistry.load_installed()
     for folder in arguments.folders:
-        tracker = registry.create("tracker", _stored_tracker(folder))
-        print(tracker.sync(folder.absolute()))
+        if (folder / SWEEP).is_file():
+            _sync_sweep(folder.absolute(), registry)
+        else:
+            tracker = registry.create("tracker", _stored_tracker(folder))
+            print(tracker.sync(folder.absolute()))
     return 0
+
+
+def _sync_sweep(folder: Path, registry: PluginRegistry) -> None:
+    """Record a sweep's parent and its finished jobs, each once."""
+    stored = json.loads((folder / SWEEP).read_text())
+    done = [
+        folder / job["folder"] for job in stored["jobs"] if (folder / job["folder"] / "report.json").is_file()
+    ]
+    if not done:
+        raise RecipeError(f"{folder} holds no finished job; repeat its command: {stored['command']}")
+    chosen = _stored_tracker(done[0])
+    tracker = registry.create("tracker", chosen)
+    config = yaml.safe_load((done[0] / "config.yaml").read_text())
+    parent = tracker.start_sweep(config, stored["parent"])
+    if parent is None:
+        raise RecipeError(f"the tracker does not answer; try qpipe sync {folder} again later")
+    if parent != stored["parent"]:
+        write_aside(folder / SWEEP, json.dumps({**stored, "parent": parent}, indent=1) + "\n")
+    for job in done:
+        print(registry.create("tracker", chosen).sync(job, parent))
+    tracker.finish_sweep(parent, stored["status"], folder)
 
 
 def page(arguments: argparse.Namespace) -> int:

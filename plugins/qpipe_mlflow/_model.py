@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
+CANDIDATE = "candidate"  # alias of the version whose gate held last
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -24,11 +26,40 @@ _DTYPES = {
 }
 
 
+def log_model(client: MlflowClient, run_id: str, path: Path) -> str:
+    """Log an ONNX file as a model of a run, once; return the model's id."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    ours = f"source_run_id = '{run_id}'"
+    for model in client.search_logged_models([experiment_id], ours):
+        if str(model.status) == "READY":
+            return str(model.model_id)
+    model = client.create_logged_model(experiment_id, "quantized", run_id, model_type="onnx")
+    with save_model(path, run_id, model.model_id) as folder:
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
+
+
+def register(client: MlflowClient, run_id: str, model_id: str, name: str, accepted: bool) -> None:
+    """Register a logged model, once; an accepted one becomes the candidate."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):  # it is there already
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = versions[0] if versions else None
+    if version is None:
+        version = client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
+    if accepted:
+        client.set_registered_model_alias(name, CANDIDATE, version.version)
+
+
 @contextmanager
-def save_model(path: Path) -> Iterator[Path]:
+def save_model(path: Path, run_id: str | None = None, model_id: str | None = None) -> Iterator[Path]:
     """Yield a folder with the file, the code that runs it, its signature and an example of zeros."""
     import mlflow.pyfunc
     import onnxruntime
+    from mlflow.models import Model
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = (
@@ -39,6 +70,7 @@ def save_model(path: Path) -> Iterator[Path]:
         model = Path(folder) / "model"
         mlflow.pyfunc.save_model(
             model,
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
             python_model=str(Path(__file__).with_name("_served.py")),
             artifacts={"onnx": str(path)},
             signature=_signature(session),

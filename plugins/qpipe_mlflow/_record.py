@@ -10,6 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from qpipe import QpipeError
+from qpipe.gate import Gate
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -36,10 +41,16 @@ def log_config(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
         client.log_batch(run_id, params=params[start : start + _BATCH])
 
 
-def log_folder(client: MlflowClient, run_id: str, folder: Path, serve: bool) -> None:
-    """Log a finished run's folder: metrics as '<variant>.<metric>', every file, and a model to be served.
+def log_folder(
+    client: MlflowClient, run_id: str, folder: Path, serve: bool, registered: str | None = None
+) -> None:
+    """Log a finished run's folder: metrics as '<variant>.<metric>', tables, files, and a model to be served.
 
     Doing it twice gives the same: metrics carry the time at which the run finished.
+
+    Args:
+        registered: name under which the model is registered; it becomes the candidate if the run has a gate
+            and meets it.
     """
     from mlflow.entities import Metric
 
@@ -53,8 +64,11 @@ def log_folder(client: MlflowClient, run_id: str, folder: Path, serve: bool) -> 
     ]
     client.log_batch(run_id, metrics=metrics)
     client.log_artifacts(run_id, str(folder))
-    if serve:
-        _log_served(client, run_id, [folder / a["path"] for a in report["artifacts"]])
+    for name in ("edges", "weights"):
+        if rows := report.get(name):
+            client.log_dict(run_id, _table(rows), f"tables/{name}.json")
+    if serve or registered:
+        _log_served(client, run_id, folder, report, registered)
 
 
 def digest(folder: Path) -> str:
@@ -62,14 +76,36 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
 
 
-def _log_served(client: MlflowClient, run_id: str, paths: Sequence[Path]) -> None:
-    from qpipe_mlflow._model import save_model
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return rows as MLflow's page shows a table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
 
-    for path in paths:
-        if path.suffix == ".onnx":
-            with save_model(path) as model:
-                client.log_artifacts(run_id, str(model), "model")
+
+def _log_served(
+    client: MlflowClient, run_id: str, folder: Path, report: Mapping[str, Any], registered: str | None
+) -> None:
+    from qpipe_mlflow._model import log_model, register
+
+    for artifact in report["artifacts"]:
+        if artifact["path"].endswith(".onnx"):
+            model_id = log_model(client, run_id, folder / artifact["path"])
+            if registered:
+                register(client, run_id, model_id, registered, _accepted(folder, report))
             return
+
+
+def _accepted(folder: Path, report: Mapping[str, Any]) -> bool:
+    """Whether the run has a gate, and meets it."""
+    file = folder / "config.yaml"
+    gate = Gate(**(yaml.safe_load(file.read_text()).get("gate") or {})) if file.is_file() else Gate()
+    if gate.is_open:
+        return False
+    try:
+        gate.check({v: {k: float(x) for k, x in row.items()} for v, row in report["metrics"].items()})
+    except QpipeError:
+        return False
+    return True
 
 
 def _time_ms(report: Mapping[str, Any]) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import socket
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +22,14 @@ if TYPE_CHECKING:
 
 _DEFAULTS = {  # of MLflow's own variables, where the user set none; a dead server held a run for 246 s
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # two tries, 20 s and a pause: a run waits 30 s at most
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_PROBE_S, _SILENCE_S = 5.0, 300.0
+_silent_until: dict[str, float] = {}
+_NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "9p", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs")
+log = logging.getLogger("qpipe")
 PROCESS_TAG = "qpipe.process"
 _SQLITE = "sqlite:///"
 
@@ -42,6 +50,8 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    probe(uri)
+    warn_of_network(uri)
     from mlflow import MlflowClient
 
     with _one_at_a_time(uri):
@@ -50,6 +60,56 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         if found is not None:
             return client, str(found.experiment_id)
         return client, str(client.create_experiment(experiment, artifact_location=_artifacts(uri)))
+
+
+def probe(uri: str) -> None:
+    """Ask a server once whether it is there; one that was not is not asked again for a while.
+
+    Raises:
+        OSError: it is not.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    if time.monotonic() < _silent_until.get(uri, 0.0):
+        raise OSError("it did not answer a moment ago")
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PROBE_S):  # noqa: S310  # http only
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError:
+        _silent_until[uri] = time.monotonic() + _SILENCE_S
+        raise
+
+
+def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
+    """Return the kind of network file system a path lies on, None for a disk of this machine."""
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return None
+    holding = [line for line in lines if len(line) > 2 and path.is_relative_to(_unescaped(line[1]))]
+    kind = max(holding, key=lambda line: len(_unescaped(line[1])), default=["", "", ""])[2]
+    return kind if kind.startswith(_NETWORK) else None
+
+
+def _unescaped(mount_point: str) -> str:
+    return mount_point.replace("\\040", " ")
+
+
+@functools.cache
+def warn_of_network(uri: str, mounts: Path = Path("/proc/mounts")) -> None:
+    """Say once what to do about SQLite on a network file system, whose locks do not hold."""
+    if not uri.startswith(_SQLITE):
+        return
+    path = Path(uri.removeprefix(_SQLITE))
+    if kind := network_filesystem(path.resolve(), mounts):
+        log.warning(
+            "%s lies on %s, where parallel writers damage an SQLite file; keep it on a local disk "
+            "(tracker.uri=sqlite:////tmp/mlflow.db), or run 'mlflow server' and give tracker.uri its address",
+            path,
+            kind,
+        )
 
 
 def process_tag() -> str:

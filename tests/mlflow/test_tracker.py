@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from qpipe_mlflow._store import PROCESS_TAG, connect, quiet, resolve
+from qpipe_mlflow._store import PROCESS_TAG, connect, network_filesystem, quiet, resolve, warn_of_network
 from qpipe_mlflow.tracker.mlflow import MLflowTracker
 
 from qpipe import PluginError, RecipeError, Report
@@ -46,6 +46,7 @@ def folder(tmp_path: Path) -> Path:
     report = {
         "metrics": {"fp32": {"top1_percent": 99.4}, "onnx": {"top1_percent": 99.2, "latency_ms": 0.1}},
         "artifacts": [{"path": "onnx/model.onnx"}],
+        "edges": [{"name": "input", "num_bits": 8}],
         "environment": {"finished": "2026-01-02T03:04:05+0000"},
         "folder": str(tmp_path),  # differs from test to test, as runs do
     }
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_recorded_under_its_parent_and_can_be_served(
-    uri: str, client: MlflowClient, folder: Path
+    uri: str, client: MlflowClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = MLflowTracker(uri)
     parent = sweep.start_sweep(CONFIG)
@@ -82,7 +83,7 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
         "onnx.latency_ms": 0.1,
     }
     paths = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"report.json", "config.yaml", "onnx", "model"} <= paths
+    assert {"report.json", "config.yaml", "onnx", "tables"} <= paths
     fetched = folder / "fetched"
     fetched.mkdir()
     MLflowTracker(uri).fetch(run.info.run_id, ("report.json", "samples.safetensors"), fetched)
@@ -90,10 +91,13 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
     for wrong, why in (("nothing", "32 hexadecimal digits"), ("0" * 32, "has no such run")):
         with pytest.raises(RecipeError, match=why):
             tracker.fetch(wrong, (), fetched)
+    table = client.download_artifacts(run.info.run_id, "tables/edges.json", str(folder))
+    assert json.loads(Path(table).read_text()) == {"columns": ["name", "num_bits"], "data": [["input", 8]]}
     import mlflow.pyfunc  # warns when imported; the tracker imported it quietly
 
-    local = client.download_artifacts(run.info.run_id, "model", str(folder))
-    served = mlflow.pyfunc.load_model(local)
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", uri)
+    served = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
     np.testing.assert_array_equal(served.predict(np.ones((2, 3), np.float32))["y"], 2 * np.ones((2, 3)))
     assert served.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 3)
     assert served.input_example is not None
@@ -173,3 +177,60 @@ def test_a_store_that_dies_stops_no_training(uri: str, caplog: pytest.LogCapture
     logger.log_metrics({"loss": torch.tensor(1.0).item()}, 0)
     logger.log_metrics({"loss": 2.0}, 1)
     assert [r.message for r in caplog.records if "no longer recorded" in r.message] != []
+
+
+def test_a_model_is_registered_and_accepted_by_its_gate(uri: str, client: MlflowClient, folder: Path) -> None:
+    def recorded(**gate: float) -> tuple[str, MLflowTracker]:
+        stored = json.loads((folder / "report.json").read_text())
+        (folder / "report.json").write_text(json.dumps({**stored, "gate": gate}))  # another run
+        (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "gate": gate}))
+        tracker = MLflowTracker(uri, register="digits")
+        tracker.sync(folder)
+        tracker.sync(folder)
+        return str(tracker.run_id), tracker
+
+    def candidate() -> object:
+        return client.get_registered_model("digits").aliases.get("candidate")
+
+    recorded()
+    assert candidate() is None  # nobody asked
+    recorded(max_drop=0.1)
+    assert candidate() is None  # 99.4 - 99.2 is more
+    run_id, _ = recorded(max_drop=1.0)
+    assert str(candidate()) == "3"
+    assert client.get_model_version("digits", "3").run_id == run_id
+    assert len(client.search_model_versions("name = 'digits'")) == 3
+
+
+def test_a_server_that_hangs_costs_one_probe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qpipe_mlflow._store._PROBE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # accepts and never answers
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        start = time.monotonic()
+        for _ in range(3):  # three jobs of a sweep
+            tracker = MLflowTracker(address)
+            assert tracker.start(CONFIG) is False
+            said = tracker.finish(Report({}, folder=folder), folder, "finished")
+            assert said == f"not recorded; later: qpipe sync {folder}"
+        assert time.monotonic() - start < 3
+    assert "does not answer" in caplog.text
+
+
+def test_sqlite_on_a_network_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/vda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n"
+        "/dev/vdb /home/me/disk ext4 rw 0 0\nserver:/x /my\\040share cifs rw 0 0\n"
+    )
+    assert network_filesystem(Path("/home/me/work"), mounts) == "nfs4"
+    assert network_filesystem(Path("/home/me/disk/work"), mounts) is None
+    assert network_filesystem(Path("/my share/work"), mounts) == "cifs"
+    assert network_filesystem(Path("/tmp"), mounts) is None
+    assert network_filesystem(Path("/tmp"), tmp_path / "no file") is None
+    warn_of_network("sqlite:////home/me/mlflow.db", mounts)
+    warn_of_network("http://server", mounts)
+    (said,) = [record.message for record in caplog.records]
+    assert "lies on nfs4" in said
+    assert "tracker.uri=" in said

@@ -12,7 +12,7 @@ import yaml
 
 from qpipe import PluginError, RecipeError, Report, Tracker, hookimpl
 from qpipe_mlflow._record import REPORT_TAG, digest, log_config, log_folder
-from qpipe_mlflow._store import PROCESS_TAG, connect, process_tag, quiet, reconcile, resolve
+from qpipe_mlflow._store import PROCESS_TAG, connect, probe, process_tag, quiet, reconcile, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,14 +31,23 @@ class MLflowTracker(Tracker):
         uri: of the tracking store.
         experiment: name of the experiment.
         serve: log the ONNX file as a model for `mlflow models serve`.
+        register: name under which the model is registered; its version gets the alias 'candidate' when the
+            run has a gate and meets it.
     """
 
     name = "mlflow"
 
-    def __init__(self, uri: str | None = None, experiment: str = "qpipe", serve: bool = True) -> None:
+    def __init__(
+        self,
+        uri: str | None = None,
+        experiment: str = "qpipe",
+        serve: bool = True,
+        register: str | None = None,
+    ) -> None:
         self.uri = resolve(uri)
         self.experiment = experiment
         self.serve = serve
+        self.register = register
         self.client: MlflowClient | None = None
         self.experiment_id = ""
         self.run_id: str | None = None
@@ -54,6 +63,7 @@ class MLflowTracker(Tracker):
         self.run_id = parent
         try:
             if self.client is not None:
+                probe(self.uri)
                 for file in sorted(folder.glob("sweep.*")):
                     self.client.log_artifact(parent, str(file))
         except Exception as error:  # whatever a store raises
@@ -77,7 +87,8 @@ class MLflowTracker(Tracker):
             return f"not recorded; later: qpipe sync {folder}" if written else None
         try:
             if folder is not None and written:
-                log_folder(self.client, self.run_id, folder, self.serve)
+                probe(self.uri)  # a server that died meanwhile is not waited for at every call
+                log_folder(self.client, self.run_id, folder, self.serve, self.register)
         except Exception as error:  # whatever a store raises
             self._lost(error)
             return f"not recorded completely; later: qpipe sync {folder}"
@@ -131,7 +142,7 @@ class MLflowTracker(Tracker):
         config_file = folder / "config.yaml"
         config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
         self.run_id = found[0].info.run_id if found else self._create(config, _child_of(parent))
-        log_folder(self.client, self.run_id, folder, self.serve)
+        log_folder(self.client, self.run_id, folder, self.serve, self.register)
         self.client.set_terminated(self.run_id, "FINISHED")
 
     def _connect(self) -> None:
