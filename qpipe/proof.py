@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -241,7 +241,7 @@ def _joined(outputs: list[Tensor]) -> Tensor:
     return torch.cat([x.flatten(0, -2) for x in outputs])
 
 
-def latencies_ms(modules: Sequence[nn.Module], call: Call, seconds: float = 0.4) -> list[float]:
+def latencies_ms(modules: Sequence[Callable[..., Any]], call: Call, seconds: float = 0.4) -> list[float]:
     """Return the median time of one call of each module, taken in turns, milliseconds."""
     times: list[list[float]] = [[] for _ in modules]
     stop = time.perf_counter() + seconds
