@@ -1,0 +1,143 @@
+"""A model in OpenVINO: called like the torch model, and what became of its operations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qpipe import DataError
+from qpipe.artifact import sha256
+from qpipe.calls import tensors
+
+GRAPH, WEIGHTS, MANIFEST = "model.xml", "model.bin", "openvino.json"
+_FORMAT = "qpipe-openvino"
+
+
+class OpenVinoModule(nn.Module):
+    """Run an OpenVINO graph on the CPU.
+
+    Activations stay in floating point where they have no codes: OpenVINO's default computes in bfloat16 on
+    processors that have it, and rounds inputs of int4 products to int8 as it runs; both are switched off.
+
+    Args:
+        keywords: of the call, in the order of the graph's inputs, behind the positional arguments.
+        output: what the model returns, each tensor replaced by its index.
+        default_precision: leave the precision to OpenVINO.
+    """
+
+    def __init__(
+        self,
+        graph: Any,  # noqa: ANN401  # openvino.Model
+        keywords: Sequence[str] = (),
+        output: Any = None,  # noqa: ANN401
+        threads: int = 1,
+        default_precision: bool = False,
+    ) -> None:
+        super().__init__()
+        self.keywords = tuple(keywords)
+        self.output = Index(0) if output is None else output
+        self.compiled = compiled(graph, threads, default_precision)
+
+    @classmethod
+    def open(cls, manifest: Path) -> Self:
+        """Open what the manifest describes, in its folder.
+
+        Raises:
+            DataError: a file is missing, or not the one the manifest was written for.
+        """
+        import openvino
+
+        try:
+            about = json.loads(manifest.read_text())
+            known = about["format"] == _FORMAT
+            digests = {name: about["sha256"][name] for name in (GRAPH, WEIGHTS)}
+            keywords, output = about["keywords"], _rebuilt(about["output"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} describes no OpenVINO model of qpipe ({error})") from None
+        for name, digest in digests.items():
+            file = manifest.parent / name
+            if not known or not file.is_file() or sha256(file) != digest:
+                raise DataError(f"{file} is not the file {manifest.name} was written for; export again")
+        return cls(openvino.Core().read_model(manifest.parent / GRAPH), keywords, output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
+        """Return what the model returns, computed by OpenVINO."""
+        inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
+        found = self.compiled([x.detach().cpu().numpy() for x in inputs])
+        results = [torch.from_numpy(found[i].copy()).to(inputs[0].device) for i in range(len(found))]
+        return pytree.tree_map_only(Index, lambda index: results[index.at], self.output)
+
+    def executed(self) -> dict[str, int]:
+        """Return the operations OpenVINO executes and the type they compute in, and how many of each."""
+        ops = (op.get_rt_info() for op in self.compiled.get_runtime_model().get_ordered_ops())
+        names = (f"{_text(info['layerType'])} {_text(info['runtimePrecision'])}" for info in ops)
+        ignored = ("Const ", "Input ", "Output ")
+        return dict(Counter(name for name in names if not name.startswith(ignored)).most_common())
+
+
+@dataclass(frozen=True)
+class Index:
+    """Stands for the n-th output of the graph."""
+
+    at: int
+
+
+def compiled(graph: Any, threads: int = 1, default_precision: bool = False) -> Any:  # noqa: ANN401
+    """Compile a graph for the CPU."""
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": str(threads)}
+    if not default_precision:
+        options |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    return openvino.Core().compile_model(graph, "CPU", options)
+
+
+def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
+    """Replace the tensors of a model's output by their indices."""
+    count = iter(range(len(pytree.tree_leaves(output))))
+    return pytree.tree_map_only(Tensor, lambda _: Index(next(count)), output)
+
+
+def write(graph: Any, folder: Path, keywords: Sequence[str], output: Any) -> Path:  # noqa: ANN401
+    """Write graph, weights and, last, the manifest; return the manifest's path."""
+    import openvino
+
+    openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
+    about = {
+        "format": _FORMAT,
+        "keywords": [*keywords],
+        "output": _described(output),
+        "sha256": {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
+    return folder / MANIFEST
+
+
+def _described(tree: Any) -> Any:  # noqa: ANN401
+    if isinstance(tree, Index):
+        return tree.at
+    if isinstance(tree, Mapping):
+        return {str(key): _described(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_described(value) for value in tree]
+    return None
+
+
+def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
+    if isinstance(tree, dict):
+        return {key: _rebuilt(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return tuple(_rebuilt(value) for value in tree)
+    return Index(tree) if isinstance(tree, int) else None
+
+
+def _text(value: Any) -> str:  # noqa: ANN401  # OpenVINO wraps the values of its notes in some versions
+    return str(getattr(value, "value", value))

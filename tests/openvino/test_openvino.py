@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qpipe_methods.granularity.subchannel import PerSubchannel
+from torch import Tensor, nn
+
+from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, Task, convert
+
+pytest.importorskip("openvino", reason="openvino is not installed; pip install 'qpipe-quant[openvino]'")
+
+from qpipe_openvino._agreement import step_by_step
+from qpipe_openvino._graph import translate
+from qpipe_openvino.exporter.openvino import OpenVinoExporter
+
+MakeContext = Callable[..., ExportContext]
+Exported = tuple[ExportContext, Artifact, Path]
+
+
+class Residual(nn.Module):
+    """One of everything an integer engine has to fuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.stem = nn.Conv2d(3, 8, 3, 2)
+        self.expand = nn.Conv2d(8, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.project = nn.Conv2d(16, 8, 1)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(self.pad(x)))
+        y = nn.functional.relu6(self.depthwise(nn.functional.relu6(self.expand(x))))
+        logits: Tensor = self.fc(self.pool(torch.relu(x + self.project(y))).mean((2, 3)))
+        return logits
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 64)
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        return {"hidden": hidden + self.second(nn.functional.gelu(self.first(hidden)))}
+
+
+_EXPORTED: list[Exported] = []
+
+
+@pytest.fixture
+def exported(make_context: MakeContext, tmp_path: Path) -> Exported:
+    """Export the residual network once for all tests."""
+    if not _EXPORTED:
+        torch.manual_seed(0)
+        context = make_context(Residual(), [torch.randn(16, 3, 16, 16), torch.randn(7, 3, 16, 16)])
+        artifact = OpenVinoExporter().export(context)
+        _EXPORTED.append((context, artifact, tmp_path / artifact.path))
+    return _EXPORTED[0]
+
+
+def test_every_operation_is_executed_on_codes(exported: Exported) -> None:
+    nodes = exported[1].proof["nodes"]
+    assert nodes["Convolution u8"] == 4
+    assert nodes["FullyConnected u8"] == 1
+    floats = ("Convolution f", "Eltwise f", "MatMul f", "FullyConnected f")
+    assert not [name for name in nodes if name.startswith(floats)]
+
+
+def test_the_model_agrees_with_the_simulation(exported: Exported) -> None:
+    context, artifact, _ = exported
+    assert artifact.module is not None
+    assert artifact.proof["edges"] == 7
+    assert artifact.proof["largest_edge_difference_steps"] <= 1
+    assert artifact.proof["samples"] == 23
+    assert artifact.proof["sqnr_db"] > 35
+    assert {"latency_ms", "fp32_latency_ms", "default_precision_latency_ms"} <= artifact.proof.keys()
+    (batch, _) = context.batches  # type: ignore[misc]
+    whole = artifact.module(batch)
+    assert torch.equal(artifact.module(batch[:3]), whole[:3])
+
+
+def test_an_edge_that_is_computed_otherwise_is_named(exported: Exported) -> None:
+    converted, call = convert(exported[0].simulation), ((torch.randn(4, 3, 16, 16),), {})
+    graph = translate(converted, call)
+    converted.get_submodule("project.weight_quantizer").codes.neg_()
+    with pytest.raises(ProofError, match=r"OpenVINO computes edge 'project' \d+ steps away"):
+        step_by_step(converted, graph, call, Task())
+
+
+@pytest.mark.parametrize(("num_bits", "kind"), [(4, "i4"), (8, "i8")])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_weights_alone_are_kept_in_their_bits(
+    num_bits: int,
+    kind: str,
+    group_size: int | None,
+    make_context: MakeContext,
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = make_recipe("generic", activation=None)
+    assert recipe.weight is not None
+    spec = replace(recipe.weight.spec, num_bits=num_bits)
+    granularity = recipe.weight.granularity if group_size is None else PerSubchannel(group_size=group_size)
+    torch.manual_seed(0)
+    context = make_context(
+        Mlp(),
+        [{"hidden": torch.randn(3, 5, 64)}],
+        replace(recipe, weight=replace(recipe.weight, spec=spec, granularity=granularity)),
+    )
+    artifact = OpenVinoExporter(compare_fp32=False).export(context)
+    assert artifact.proof["nodes"][f"FullyConnected {kind}"] == 2
+    codes = 2 * 64 * 32 * num_bits // 8
+    scales = 4 * (96 if group_size is None else 2 * 64 * 32 // group_size)
+    size = (context.folder / "model.bin").stat().st_size
+    assert codes + scales <= size < codes + scales + 800  # and biases
+    loaded = OpenVinoExporter.load(context.folder / artifact.path)
+    assert loaded is not None
+    hidden = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = context.simulation(hidden=hidden)["hidden"]
+    assert torch.allclose(loaded(hidden=hidden)["hidden"], expected, atol=1e-5)
+
+
+def test_changed_files_are_refused(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in exported[2].parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "model.bin").write_bytes(b"\0" + (folder / "model.bin").read_bytes()[1:])
+    with pytest.raises(DataError, match=r"model.bin is not the file openvino.json was written for"):
+        OpenVinoExporter.load(folder / "openvino.json")
+    (folder / "openvino.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(DataError, match="describes no OpenVINO model"):
+        OpenVinoExporter.load(folder / "openvino.json")
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "reason"),
+    [
+        ("activation", {"dynamic": True}, "dynamic=true"),
+        ("activation", {"num_bits": 4}, "activation.num_bits=4"),
+        ("weight", {"num_bits": 12}, "weight.num_bits=12"),
+    ],
+)
+def test_what_cannot_be_expressed_is_said_in_a_sentence(
+    role: str, changes: dict[str, Any], reason: str, make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe()
+    slot = getattr(recipe, role)
+    changed = replace(slot, spec=replace(slot.spec, **changes))
+    assert OpenVinoExporter().reason_not(recipe) is None
+    assert reason in str(OpenVinoExporter().reason_not(replace(recipe, **{role: changed})))
