@@ -28,6 +28,8 @@ _FLAGS = (
     ("plan=true", "say what would be quantized, and touch nothing"),
     ("gate.max_drop=1  gate.min=…  gate.metric=…", "a result that loses more exits with 3; the run is kept"),
     ("out=FOLDER", "the run's folder (default runs/<date-time>)"),
+    ("cache=false", "compute everything; otherwise what earlier runs found out is reused, and said so"),
+    ("hydra/launcher=joblib  hydra.launcher.n_jobs=4", "a sweep's jobs in parallel processes"),
     ("seed=0", "the seed of every random generator"),
     ("layers=[{match:'stem.*',weight:{num_bits:8}}]", "rules for single layers, first to last"),
 )

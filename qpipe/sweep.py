@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from qpipe.registry import PluginRegistry
     from qpipe.statistics import Statistics
 
-FILE, TABLE = "sweep.json", "sweep.csv"
+FILE, TABLE, LOCK = "sweep.json", "sweep.csv", ".lock"
 _Config = Mapping[str, Any]
 _Metrics = Mapping[str, Mapping[str, float]]
 
@@ -177,6 +177,7 @@ def run_sweep(
 def _run(
     sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry, launch_all: Launch[Work, Row]
 ) -> int:
+    sweep.write()
     tracker = make_tracker(configs[0], registry)
     sweep.parent = tracker.start_sweep(configs[0], sweep.parent) if tracker else None
     bad: list[Row] = []
@@ -311,7 +312,8 @@ def _stored(folder: Path, out: str | None) -> dict[str, Any]:
     if file.is_file():
         stored: dict[str, Any] = json.loads(file.read_text())
         return stored
-    run_folder(out or str(folder))
+    if not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()):
+        run_folder(out or str(folder))
     return {}
 
 
@@ -350,10 +352,9 @@ def _only_one(sweep: Sweep) -> Iterator[None]:
 
     sweep.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(sweep.folder / ".lock", blocking=False):
-            for row in sweep.rows:
-                for half in sweep.folder.glob(f".{row.folder}-*"):
-                    shutil.rmtree(half, ignore_errors=True)
+        with FileLock(sweep.folder / LOCK, blocking=False):
+            for half in sweep.folder.glob(".*-*"):
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
             yield
     except Timeout:
         raise RecipeError(

@@ -54,11 +54,12 @@ def test_repeating_the_command_does_what_is_missing(toyrun: Run, capsys: pytest.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
     shutil.rmtree(folder / "1")
     (folder / ".1-half").mkdir()  # what kill -9 leaves
+    (folder / ".sweep.json-123").touch()
     assert toyrun(*words) == 0
     sweep = stored(folder)
     assert [row["reused"] for row in sweep["jobs"]] == [True, False, True]
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [folder / "1/report.json"]
-    assert not (folder / ".1-half").exists()
+    assert [*folder.glob(".*-*")] == []
     assert "reused: the whole run" in capsys.readouterr().err
     assert toyrun("-m", "weight.num_bits=8,4,2") == 0  # another sweep is not confused with it
     assert len([*Path("runs").iterdir()]) == 2
@@ -120,6 +121,12 @@ def test_a_job_of_other_weights_is_done_again(toyrun: Run, monkeypatch: pytest.M
     monkeypatch.setattr("qpipe.jobs.model_digest", lambda model: "other weights")
     assert toyrun(*words) == 0
     assert [row["reused"] for row in stored()["jobs"]] == [False, False]
+
+
+def test_a_sweep_killed_before_its_first_job_is_resumed(toyrun: Run) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/.lock").touch()
+    assert toyrun("-m", "weight.num_bits=8,4", "out=sweep") == 0
 
 
 def test_two_processes_do_not_share_a_sweep(toyrun: Run, capsys: pytest.CaptureFixture[str]) -> None:

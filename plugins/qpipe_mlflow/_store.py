@@ -55,6 +55,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     from mlflow import MlflowClient
 
     with _one_at_a_time(uri):
+        _make(uri)
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
@@ -110,6 +111,20 @@ def warn_of_network(uri: str, mounts: Path = Path("/proc/mounts")) -> None:
             path,
             kind,
         )
+
+
+def _make(uri: str) -> None:
+    """Make an SQLite store aside and move it into place: who is killed meanwhile leaves no half of one."""
+    path = Path(uri.removeprefix(_SQLITE))
+    if not uri.startswith(_SQLITE) or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    for half in path.parent.glob(f".{path.name}-*"):
+        half.unlink()
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    MlflowClient(f"{_SQLITE}{aside}").search_experiments(max_results=1)
+    os.replace(aside, path)
 
 
 def process_tag() -> str:
