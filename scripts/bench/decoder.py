@@ -124,12 +124,15 @@ def report(name: str, model: nn.Module, parts: list[Tensor], floats: list[float]
 
 
 def run_ours(args: argparse.Namespace) -> None:
-    from qpipe_zoo.model.hf import hf
+    from qpipe_zoo.model.hf import hf, read_where
 
     path = args.model or str(model_file())
     model, parts = hf(path), blocks(path, args.calibration, args.evaluation)
     if args.make:
+        from transformers import AutoTokenizer
+
         model.save_pretrained(args.make)  # type: ignore[operator]
+        AutoTokenizer.from_pretrained(**read_where(path, "model.path")).save_pretrained(args.make)
         torch.save(parts, Path(args.make) / "blocks.pt")
         return
     floats = [perplexity(model, part) for part in parts[1:]]

@@ -39,8 +39,9 @@ def hf(path: str, trust_remote_code: bool = False) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise RecipeError(f"model.path={path} cannot be read as a model: {_first_line(error)}") from None
     model.config.use_cache = False  # the outputs that are compared are logits, not a cache
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # of the file it was read from: it is a float model now
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)  # of the file it was read from: it is a float model now
     for parameter in model.parameters():  # memory of its own: it may be a view of the file
         parameter.data = parameter.data.clone()
     result: nn.Module = model.eval()
