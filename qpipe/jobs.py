@@ -65,7 +65,7 @@ class Session:
         """Build what a run works on; the seed decides what is random of it."""
         from pytorch_lightning import seed_everything
 
-        key = front(config) if config["cache"] else ""
+        key = front(config) if config.get("cache", True) else ""
         seed_everything(config["seed"], workers=True, verbose=False)
         if self._built and self._built[0] == key:
             set_random_state(self._built[2])  # as it is after building
@@ -78,7 +78,7 @@ class Session:
 
     def shelf(self, config: _Config, data: LightningDataModule, task: Task) -> Shelf:
         """Return the shelf of a job: it depends on code, data, machine and how a model is run."""
-        if not config["cache"] or has_several_processes(config["trainer"]):
+        if not config.get("cache", True) or has_several_processes(config["trainer"]):
             return Shelf()
         known = data_digest(config["data"], data)
         trainer = {key: value for key, value in config["trainer"].items() if key not in _TRAINING}
@@ -173,7 +173,7 @@ def _check_plain(config: _Config) -> None:
     """
     if type(config["seed"]) is not int:
         raise RecipeError(f"seed={config['seed']} is no whole number; give one, seed=0")
-    if type(config["cache"]) is not bool:
+    if type(config.get("cache", True)) is not bool:  # a config.yaml from before it lacks the key
         raise RecipeError(f"cache={config['cache']} has no meaning; give true or false")
 
 

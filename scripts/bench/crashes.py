@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -82,18 +83,20 @@ def kill(rounds: int, seed: int) -> int:
     duration, bad = 0.0, 0
     for number in range(-1, rounds):
         with fresh_folder():
-            begin = time.monotonic()
             pid = start([*SWEEP, *JOB])
-            if number < 0:  # how long it takes undisturbed
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                duration = time.monotonic() - begin
+            if number < 0:  # how long it takes undisturbed, in CPU time: the same on a busy machine
+                _, status, used = os.wait4(pid, 0)
+                duration = used.ru_utime + used.ru_stime
+                wrong = left()
+                code = os.waitstatus_to_exitcode(status)
                 print(
-                    f"undisturbed: exit code {code}, {duration:.1f} s, wrong: {left() or 'nothing'}",
+                    f"undisturbed: exit code {code}, {duration:.1f} s; wrong: {wrong or 'nothing'}",
                     flush=True,
                 )
                 continue
             moment = moments.uniform(0, duration)
-            time.sleep(moment)
+            while cpu_seconds(pid) < moment:
+                time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
             died = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             done = len([*Path("runs").glob("*/*/report.json")])
@@ -106,6 +109,14 @@ def kill(rounds: int, seed: int) -> int:
             )
     print(f"{rounds - bad} of {rounds} are whole")
     return bad
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process has used; infinite once it has ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] == "Z":
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def together(rounds: int) -> int:
