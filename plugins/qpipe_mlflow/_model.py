@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,7 @@ def save_model(path: Path, run_id: str | None = None, model_id: str | None = Non
             mlflow_model=Model(run_id=run_id, model_id=model_id),
             python_model=str(Path(__file__).with_name("_served.py")),
             artifacts={"onnx": str(path)},
+            model_config={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
             signature=_signature(session),
             input_example=_example(session),
             pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "onnxruntime", "numpy")],

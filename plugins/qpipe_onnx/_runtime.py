@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from qpipe import DataError
 from qpipe.calls import tensors
 
-_CALL = "qpipe.call"
+CALL = "qpipe.call"
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 FLOAT = 1  # of accuracy_level: products of weights alone in float32, as the simulation has them
 
@@ -34,35 +34,65 @@ class OnnxRuntimeModule(nn.Module):
 
     def __init__(
         self,
-        path: Path,
+        file: Path | bytes,
         keywords: Sequence[str],
         output: Any,  # noqa: ANN401
         threads: int = 1,
         accuracy_level: int = FLOAT,
     ) -> None:
         super().__init__()
-        self.session = session(path, threads, accuracy_level=accuracy_level)
+        self.session = session(file, threads, accuracy_level=accuracy_level)
         self.keywords = tuple(keywords)
         self.names = [value.name for value in self.session.get_inputs()]
         self.output = output
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a file that says itself how it is called; records become dictionaries."""
-        described = session(path).get_modelmeta().custom_metadata_map.get(_CALL)
-        if described is None:
-            raise DataError(f"{path} does not say how it is called; it was not written by this exporter")
-        call = json.loads(described)
-        level = int(call.get("accuracy_level", FLOAT))
-        return cls(path, call["keywords"], _rebuilt(call["output"]), accuracy_level=level)
+        """Open a file that says itself how it is called; records become dictionaries.
+
+        Raises:
+            DataError: it is not a file of this exporter, or ONNX Runtime does not take it.
+        """
+        from qpipe_onnx._trust import read
+
+        content, call = read(path)
+        try:
+            module = cls(
+                content, call["keywords"], _rebuilt(call["output"]), accuracy_level=call["accuracy_level"]
+            )
+        except Exception as error:  # ONNX Runtime's own classes, which derive from no common one
+            raise DataError(
+                f"ONNX Runtime does not take {path}: {_sentence(error)}; export it again"
+            ) from None
+        if module.needs_outputs() > len(module.session.get_outputs()):
+            raise DataError(f"{path} returns fewer tensors than it says; export the model again")
+        return module
+
+    def needs_outputs(self) -> int:
+        """Return how many of the file's outputs make what the model returns."""
+        indices = [leaf.at for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, _Index)]
+        return max(indices, default=-1) + 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by ONNX Runtime."""
+        if missing := [key for key in self.keywords if key not in kwargs]:
+            raise DataError(f"the file takes '{missing[0]}', which this call lacks; pass it by name")
         inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
+        self._check(inputs)
         feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, inputs, strict=True)}
         device = inputs[0].device
         results = [torch.from_numpy(array).to(device) for array in self.session.run(None, feed)]
         return pytree.tree_map_only(_Index, lambda index: results[index.at], self.output)
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(self.names):
+            raise DataError(f"the file takes {len(self.names)} tensors, not {len(inputs)}")
+        for wanted, x in zip(self.session.get_inputs(), inputs, strict=True):
+            sizes = zip(wanted.shape, x.shape, strict=False)
+            fits = all(size == given or not isinstance(size, int) for size, given in sizes)
+            if len(wanted.shape) != x.dim() or not fits:
+                shape = ", ".join(map(str, wanted.shape))
+                raise DataError(f"the file takes '{wanted.name}' of shape [{shape}], not {[*x.shape]}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +111,7 @@ def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
 def describe_call(keywords: Sequence[str], output: Any, accuracy_level: int) -> dict[str, str]:  # noqa: ANN401
     """Return metadata of the file: how it is called and what it returns, as JSON."""
     called = {"keywords": [*keywords], "output": _described(output), "accuracy_level": accuracy_level}
-    return {_CALL: json.dumps(called)}
+    return {CALL: json.dumps(called)}
 
 
 def _described(tree: Any) -> Any:  # noqa: ANN401
@@ -100,6 +130,12 @@ def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
     if isinstance(tree, list):
         return tuple(_rebuilt(value) for value in tree)
     return _Index(tree) if isinstance(tree, int) else None
+
+
+def _sentence(error: Exception) -> str:
+    """Return the first line of an error without what ONNX Runtime puts before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rpartition(" : ")[2][:200]
 
 
 def session(

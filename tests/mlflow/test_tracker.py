@@ -80,6 +80,11 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
     np.testing.assert_array_equal(served.predict(np.ones((2, 3), np.float32))["y"], 2 * np.ones((2, 3)))
     assert served.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 3)
     assert served.input_example is not None
+    local = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=str(folder / "served"))
+    file = next(Path(local).rglob("model.onnx"))
+    file.write_bytes(file.read_bytes().replace(b"Add", b"Mul"))
+    with pytest.raises(Exception, match="not the one this model was stored with"):
+        mlflow.pyfunc.load_model(local)
 
 
 def test_sync_records_once(uri: str, client: MlflowClient, folder: Path) -> None:

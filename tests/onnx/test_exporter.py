@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from qpipe_methods.granularity.subchannel import PerSubchannel
@@ -118,8 +119,6 @@ def test_a_single_sample_is_enough_for_a_dynamic_batch(export: Export) -> None:
 
 
 def test_weights_are_stored_as_integers_only(exported: Exported) -> None:
-    import onnx
-
     _, _, path = exported
     tensors = onnx.load(path).graph.initializer
     floats = [tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT]
@@ -162,8 +161,6 @@ def test_a_file_opens_by_itself(export: Export, tmp_path: Path) -> None:
 def test_four_bit_weights_execute_in_eight_bit_containers(
     export: Export, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    import onnx
-
     recipe = make_recipe()
     assert recipe.weight is not None
     four = replace(recipe.weight, spec=replace(recipe.weight.spec, num_bits=4))
@@ -228,6 +225,75 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="does not say how it is called"):
         OnnxExporter.load(tmp_path / "a.onnx")
+
+
+def _truncated(model: onnx.ModelProto) -> bytes:
+    return model.SerializeToString()[:-500]
+
+
+def _elsewhere(model: onnx.ModelProto) -> bytes:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = tensor.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+    return model.SerializeToString()
+
+
+def _hidden(model: onnx.ModelProto) -> bytes:
+    """Name the other file in a graph within a graph."""
+    inner = onnx.helper.make_graph([], "inner", [], [], [onnx.TensorProto(name="w", data_location=1)])
+    entry = inner.initializer[0].external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["d"], then_branch=inner, else_branch=inner))
+    return model.SerializeToString()
+
+
+def _misshapen(model: onnx.ModelProto) -> bytes:
+    codes = next(
+        t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4
+    )
+    codes.dims[0], codes.dims[1] = codes.dims[1], codes.dims[0]
+    return model.SerializeToString()
+
+
+def _senseless(model: onnx.ModelProto) -> bytes:
+    model.metadata_props[0].value = "[1, 2"
+    return model.SerializeToString()
+
+
+def _short(model: onnx.ModelProto) -> bytes:
+    model.metadata_props[0].value = '{"keywords": [], "output": 7}'
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_truncated, "is no complete ONNX file"),
+        (_elsewhere, "from another file \\('../../etc/passwd'\\)"),
+        (_hidden, "from another file \\('../../etc/passwd'\\)"),
+        (_misshapen, "ONNX Runtime does not take"),
+        (_senseless, "does not say sensibly"),
+        (_short, "returns fewer tensors"),
+    ],
+)
+def test_a_harmed_file_is_refused(
+    exported: Exported, tmp_path: Path, harm: Callable[[onnx.ModelProto], bytes], reason: str
+) -> None:
+    path = tmp_path / "harmed.onnx"
+    path.write_bytes(harm(onnx.load(exported[2])))
+    with pytest.raises(DataError, match=reason):
+        OnnxExporter.load(path)
+
+
+def test_a_call_that_does_not_fit_is_refused(exported: Exported) -> None:
+    module = exported[1].module
+    assert module is not None
+    with pytest.raises(DataError, match=r"takes 'x' of shape \[batch, 3, 16, 16\], not \[2, 3, 8, 8\]"):
+        module(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(DataError, match="takes 1 tensors, not 0"):
+        module()
 
 
 @pytest.mark.parametrize(
