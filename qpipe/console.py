@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 import warnings
@@ -29,13 +30,12 @@ def is_rank_zero() -> bool:
 
 
 def set_up_logs() -> None:
-    """Say what takes time in plain lines where no bar is drawn; keep Lightning's advice out."""
+    """Say in plain lines what takes time and how much is left; keep Lightning's advice out."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("qpipe: %(message)s"))
     ours = logging.getLogger("qpipe")
     ours.handlers = [handler]
-    quiet = sys.stderr.isatty() or not is_rank_zero()
-    ours.setLevel(logging.WARNING if quiet else logging.INFO)
+    ours.setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch.utils.data")
@@ -157,7 +157,7 @@ def _line(text: str) -> None:
 
 
 def _wrapped(lead: str, names: Iterable[str]) -> None:
-    width = 110 if not sys.stdout.isatty() else min(os.get_terminal_size().columns, 120)
+    width = 110 if not sys.stdout.isatty() else min(shutil.get_terminal_size().columns, 120)
     _line(textwrap.fill(lead + ", ".join(names), width, subsequent_indent="    ", break_on_hyphens=False))
 
 

@@ -239,3 +239,12 @@ def test_a_new_plugin_passes_its_own_tests(tmp_path: Path) -> None:
 def test_sync_wants_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sync", str(tmp_path)]) == 2
     assert "is no finished run" in capsys.readouterr().err
+
+
+def test_a_terminal_of_unknown_width_gets_its_summary(
+    toyrun: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("os.get_terminal_size", lambda fd=1: os.terminal_size((0, 0)))
+    assert toyrun("out=here") == 0
+    assert "1 edges" in capsys.readouterr().out
