@@ -284,6 +284,12 @@ class Shelf:
         if self.store:
             self.store.put(self.kind, self._key(name), entry, lasting and self.lasting)
 
+    def drop(self, name: Any) -> None:  # noqa: ANN401
+        """Remove the entry of a name, which was of no use after all."""
+        self.taken[self.kind] -= 1
+        if self.store:
+            self.store.remove(self.kind, self._key(name))
+
     def alone(self) -> AbstractContextManager[None]:
         """Let one process at a time fill this shelf: look again once inside."""
         return self.store.alone(self._key(None)) if self.store and self.lasting else nullcontext()

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpipe import console
-from qpipe.cache import Shelf, Store, default_folder, default_limit, digest
+from qpipe.cache import Entry, Shelf, Store, default_folder, default_limit, digest
 from qpipe.choices import build_recipe
 from qpipe.errors import QpipeError, RecipeError
 from qpipe.identity import code_version, data_digest, machine, model_digest, source_digest
 from qpipe.objects import build_data, build_model, build_task, build_trainer
 from qpipe.pipeline import plan, run
 from qpipe.randomness import random_state, set_random_state
+from qpipe.record import staged, write_aside
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -102,7 +103,7 @@ def run_job(
 
     Args:
         resume: where the folder holds this very run already, finished, return its report; where it holds
-            one of other weights or data, replace it.
+            one of other weights or data, replace it; where another folder holds it, copy that.
     """
     _check_plain(config)
     session = session or Session()
@@ -113,19 +114,26 @@ def run_job(
     folder = run_folder(config["out"])
     model, data, task = session.build(config)
     num_samples = config["data"]["calibration"]["num_samples"]
-    console.header(config)
     if config["plan"]:
+        console.header(config)
         report = plan(model, data, task, recipe, num_samples)
         console.summary(report)
         return report
     name = run_identity(config, model, data, task)
     recipe = replace(recipe, shelf=session.shelf(config, data, task))
+    runs = recipe.shelf.of("runs")
+    if resume and (copied := _copied(runs, name, folder)):
+        _sync(config, registry, folder, parent)
+        recipe.gate.check(copied.metrics)
+        return copied
+    console.header(config)
     also = session.also.get(front(config), ())
     with tracked(config, registry, parent) as record:
         trainer = build_trainer(config["trainer"], record.logger)
         own_folder = folder if console.is_rank_zero() else None
         _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name, also)
         record.report = report
+    runs.put(name, Entry(data=str(folder)))
     console.summary(report, record.where)
     recipe.gate.check(report.metrics)
     return report
@@ -146,13 +154,40 @@ def earlier_run(
     if not (folder / "report.json").is_file():
         return None
     name = run_identity(config, *session.build(config))
-    if json.loads((folder / "report.json").read_text()).get("identity") == name:
+    if _identity(folder) == name:
         console.notice(f"reused: {EARLIER}, in {folder}")
         _sync(config, registry, folder, parent)
         return replace(read_report(folder), reused=(EARLIER,))
     console.notice(f"{folder} holds a run of other weights or data; it is done again")
     shutil.rmtree(folder)
     return None
+
+
+def _copied(runs: Shelf, name: str, folder: Path) -> Report | None:
+    """Copy a finished run that another sweep or command left, if it is still there; the copy says so."""
+    entry = runs.get(name)
+    if entry is None:
+        return None
+    source = Path(entry.data)
+    if _identity(source) != name:
+        runs.drop(name)
+        return None
+    reused = [f"the whole run, of {source}"]
+    console.notice(f"reused: {reused[0]}; cache=false computes everything")
+    with staged(folder) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        report = json.loads((source / "report.json").read_text())
+        write_aside(staging / "report.json", json.dumps({**report, "reused": reused}, indent=1) + "\n")
+    return replace(read_report(folder), reused=(EARLIER,))
+
+
+def _identity(folder: Path) -> str | None:
+    """Return the identity of the run in a folder, None if none is there, or a damaged one."""
+    try:
+        identity: str | None = json.loads((folder / "report.json").read_text()).get("identity")
+    except (OSError, ValueError):
+        return None
+    return identity
 
 
 def _sync(config: _Config, registry: PluginRegistry, folder: Path, parent: str | None) -> None:

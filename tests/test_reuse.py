@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,25 @@ def test_a_sweep_reads_the_calibration_data_once(counted: Run) -> None:
     assert rows[-1]["metrics"] == report("a")["metrics"]
     assert counted("calibrator=minmax", "weight.granularity=layer", "out=b", "cache=false") == 0
     assert rows[0]["metrics"] == report("b")["metrics"]
+
+
+def test_a_longer_sweep_takes_the_points_of_a_shorter_one(counted: Run) -> None:
+    assert counted("-m", "weight.num_bits=8,4", "out=short") == 0
+    assert counted("-m", "weight.num_bits=8,4,3", "out=long") == 0
+    rows = json.loads(Path("long/sweep.json").read_text())["jobs"]
+    assert [row["reused"] for row in rows] == [True, True, False]
+    assert report("long/0")["metrics"] == report("short/0")["metrics"]
+    assert report("long/0")["reused"] == [f"the whole run, of {Path('short/0').absolute()}"]
+    assert report("short/0")["reused"] == []
+    shutil.rmtree("short")
+    assert counted("-m", "weight.num_bits=8,4", "out=again", "cache=false") == 0
+    rows = json.loads(Path("again/sweep.json").read_text())["jobs"]
+    assert [row["reused"] for row in rows] == [False, False]
+    shutil.rmtree("long")
+    assert counted("-m", "weight.num_bits=8,4", "out=more") == 0  # what it knew of is gone
+    rows = json.loads(Path("more/sweep.json").read_text())["jobs"]
+    assert [row["reused"] for row in rows] == [False, False]
+    assert report("more/0")["reused"] == ["baseline (4)", "statistics (2)"]
 
 
 def test_data_without_a_name_is_trusted_within_one_sweep_only(counted: Run) -> None:
