@@ -127,6 +127,11 @@ def test_too_little_text_is_said(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match="holds no text"):
         Text(str(tmp_path / "empty"), str(tiny_llama))
+    with pytest.raises(RecipeError, match=r"data\.tokenizer has no value"):
+        Text(str(tmp_path / "own.txt"), None)
+    for length in (1, "abc"):  # one token predicts nothing
+        with pytest.raises(RecipeError, match=rf"data\.length={length} is no such count"):
+            text(tmp_path, tiny_llama, length=length)
 
 
 def test_perplexity_is_the_exponential_of_the_models_own_loss(tmp_path: Path, tiny_llama: Path) -> None:

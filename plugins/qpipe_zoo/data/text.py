@@ -33,13 +33,13 @@ class Text(LightningDataModule):
         num_calibration, num_evaluation: blocks of each half; the other text gives as many as the latter.
 
     Raises:
-        RecipeError: a file or folder does not exist.
+        RecipeError: a file or folder does not exist, or a number is no count.
     """
 
     def __init__(
         self,
         path: str,
-        tokenizer: str,
+        tokenizer: str | None,
         other: str | None = None,
         batch_size: int = 1,
         length: int = 256,
@@ -47,6 +47,18 @@ class Text(LightningDataModule):
         num_evaluation: int = 32,
     ) -> None:
         super().__init__()
+        counts = {
+            "batch_size": batch_size,
+            "num_calibration": num_calibration,
+            "num_evaluation": num_evaluation,
+        }
+        for name, value in {"length": length, **counts}.items():
+            if type(value) is not int or value < 1 + (name == "length"):
+                raise RecipeError(
+                    f"data.{name}={value} is no such count; give a whole number, data.{name}=32"
+                )
+        if tokenizer is None:
+            raise RecipeError("data.tokenizer has no value; name a folder with a tokenizer, data.tokenizer=…")
         self.where = read_where(tokenizer, "data.tokenizer")
         self.paths = {"data.path": _existing(path, "data.path")}
         if other is not None:
