@@ -174,6 +174,12 @@ class Levels:
         self.block = self.rows(granularity.from_blocks(numbers, self.shape))  # which one an element is in
         self.num_blocks = len(blocks)
 
+    @property
+    def apart(self) -> bool:
+        """Whether no two outputs share a scale."""
+        outputs = self.block.flatten(0, 1)
+        return int(outputs[:, 0].unique().numel()) == len(outputs)
+
     def rows(self, weight: Tensor) -> Tensor:
         """View a weight [O, *] as [G, O / G, K]."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from qpipe import FinetuneStrategy, hookimpl
+from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
 from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
 from qpipe_methods.reconstruction import Layer
@@ -22,6 +24,8 @@ class GPTQ(LayerwiseStrategy):
         damping: share of the mean diagonal added to the Hessian.
         shrinkage: share of the Hessian's off-diagonal that is taken away; 1 is rounding to nearest. Data of
             few kinds overstates correlations, which costs on other data.
+        scales: ranges tried, from 0.6 to 1.1 of the present one, each with all of the above; every output
+            takes the one it errs least with, or all together where they share a scale. 0: the present one.
         sweeps: passes of coordinate descent over the codes afterwards; 0 is GPTQ as published.
         match: 'float' aims at what the float model gives, so that earlier errors are made up for too; 'layer'
             at what the float layer makes of the quantized inputs, as published.
@@ -40,6 +44,7 @@ class GPTQ(LayerwiseStrategy):
         block_size: int = 128,
         damping: float = 0.01,
         shrinkage: float = 0.0,
+        scales: int = 0,
         sweeps: int = 0,
         match: str = "layer",
         ridge: float = 0.1,
@@ -53,6 +58,7 @@ class GPTQ(LayerwiseStrategy):
         self.block_size = block_size
         self.damping = damping
         self.shrinkage = shrinkage
+        self.scales = scales
         self.sweeps = sweeps
         self.match = match
         self.ridge = ridge
@@ -61,10 +67,53 @@ class GPTQ(LayerwiseStrategy):
         """Replace the weight by its compensated rounding."""
         levels, of = Levels(layer), moments(layer)
         aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge, self.shrinkage)
-        rounded = compensated(aim, goal.damped(self.damping), levels, self.block_size, self.act_order)
+        hessian = goal.damped(self.damping)
+
+        def round_to(levels: Levels) -> Tensor:
+            return compensated(aim, hessian, levels, self.block_size, self.act_order)
+
+        rounded = round_to(levels)
+        if self.scales:
+            ratios = torch.linspace(0.6, 1.1, self.scales).tolist()
+            rounded = best_scales(layer, levels, rounded, goal, ratios, round_to)
         for _ in range(self.sweeps):
             rounded = descended(rounded, goal, levels)
         keep(layer, levels, no_worse(rounded, levels.round(aim), goal), of)
+
+
+def best_scales(
+    layer: Layer,
+    levels: Levels,
+    rounded: Tensor,
+    goal: Moments,
+    ratios: Sequence[float],
+    round_to: Callable[[Levels], Tensor],
+) -> Tensor:
+    """Set each scale to the multiple of itself with which rounding errs least; return the rounded weight.
+
+    Args:
+        rounded: [G, O, K], with the present scales.
+        round_to: rounds with the scales that are set.
+
+    Raises:
+        RecipeError: the quantizer's levels are not even.
+    """
+    slot, start = layer.fake_quant.slot, layer.fake_quant.qparams()
+    if not slot.quantizer.is_affine(slot.spec):
+        raise RecipeError(
+            f"quantizer '{slot.quantizer.name}' of '{layer.name}' has no scale to search; use scales=0"
+        )
+    scale, least = start.scale, goal.error(rounded)
+    for ratio in ratios:
+        layer.fake_quant.set_qparams(QParams(start.scale * ratio, start.zero_point))
+        tried = round_to(levels)
+        error = goal.error(tried)
+        better = error < least if levels.apart else (error.sum() < least.sum()).expand_as(error)
+        least, rounded = torch.where(better, error, least), torch.where(better[:, :, None], tried, rounded)
+        blocks = levels.block[better].unique()
+        scale = scale.index_copy(0, blocks, (start.scale * ratio)[blocks])
+    layer.fake_quant.set_qparams(QParams(scale, start.zero_point))
+    return rounded
 
 
 def compensated(

@@ -19,7 +19,7 @@ from qpipe_methods.reconstruction import Layer, parameter, reconstruct
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QpipeError, RecipeError, Shelf, Task
+from qpipe import QParams, QpipeError, RecipeError, Shelf, Task
 from qpipe.cache import Store
 from qpipe.nn import disabled, weight_quantizers
 
@@ -436,3 +436,30 @@ class TestResume:
             model = qpipe.quantize(net, batches(), evaluator=[])[0]
             reconstruct(model, qpipe_data(), Task(), improve, shelf=shelf)
             assert model[0].bias.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+class TestScales:
+    @pytest.mark.parametrize("granularity", ["channel", "layer"])
+    def test_gptq_takes_the_scale_it_errs_least_with(self, granularity: str) -> None:
+        torch.manual_seed(3)
+        weight, x = torch.randn(5, 24), torch.randn(300, 24) @ torch.randn(24, 24)
+        ratios = torch.linspace(0.6, 1.1, 6).tolist()
+        layer, levels = single(weight, x, granularity=granularity)
+        goal, start = moments(layer).aimed_at(levels.rows(weight)), layer.fake_quant.scale.clone()
+        errors = []
+        for ratio in [1.0, *ratios]:  # by hand: each scale on its own
+            layer.fake_quant.set_qparams(QParams(start * ratio, layer.fake_quant.zero_point))
+            rounded = compensated(levels.rows(weight).double(), goal.damped(0.01), levels)
+            errors.append(goal.error(rounded)[0])
+        table = torch.stack(errors)
+        layer.fake_quant.set_qparams(QParams(start, layer.fake_quant.zero_point))
+        GPTQ(scales=6).improve(layer)
+        found = goal.error(levels.rows(layer.weight))[0]
+        best = table.amin(0) if granularity == "channel" else table[table.sum(1).argmin()]
+        assert torch.allclose(found, best.float().double(), rtol=1e-3)
+        assert table[0].sum() > 1.1 * found.sum()
+
+    def test_refuses_levels_that_are_not_even(self) -> None:
+        layer, _ = single(torch.randn(3, 8), torch.randn(9, 8), quantizer="log")
+        with pytest.raises(RecipeError, match="scales=0"):
+            GPTQ(scales=3).improve(layer)
