@@ -74,7 +74,7 @@ class AdaRound(LayerwiseStrategy):
         keep(layer, levels, no_worse(rounded.to(aim), nearest, goal), of)
 
     def _learn(self, rounding: Rounding, aim: Tensor, xx: Tensor) -> None:
-        optimizer = torch.optim.Adam([rounding.v], lr=self.lr)
+        optimizer = torch.optim.Adam([rounding.v], lr=self.lr, fused=True)
         start = int(self.warm_start * self.iterations)
         for i in range(self.iterations):
             progress = (i - start) / max(1, self.iterations - start)

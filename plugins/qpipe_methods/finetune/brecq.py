@@ -167,7 +167,7 @@ class BRECQ(FinetuneStrategy):
                 magnitude = parameter.detach().abs().mean().clamp(min=1e-8).item()
                 groups.append({"params": [parameter.requires_grad_()], "lr": lr * magnitude})
         falling = [lambda i: 0.5 + 0.5 * math.cos(math.pi * i / self.iterations)] * (len(groups) - 1)
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(groups, fused=True)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *falling])
 
 
