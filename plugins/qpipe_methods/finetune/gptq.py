@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
+from qpipe.functional import scale_eps
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
 from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
 from qpipe_methods.reconstruction import Layer
@@ -105,13 +106,14 @@ def best_scales(
         )
     scale, least = start.scale, goal.error(rounded)
     for ratio in ratios:
-        layer.fake_quant.set_qparams(QParams(start.scale * ratio, start.zero_point))
+        tried_scale = (start.scale * ratio).clamp(min=scale_eps(slot.spec.num_bits))
+        layer.fake_quant.set_qparams(QParams(tried_scale, start.zero_point))
         tried = round_to(levels)
         error = goal.error(tried)
         better = error < least if levels.apart else (error.sum() < least.sum()).expand_as(error)
         least, rounded = torch.where(better, error, least), torch.where(better[:, :, None], tried, rounded)
         blocks = levels.block[better].unique()
-        scale = scale.index_copy(0, blocks, (start.scale * ratio)[blocks])
+        scale = scale.index_copy(0, blocks, tried_scale[blocks])
     layer.fake_quant.set_qparams(QParams(scale, start.zero_point))
     return rounded
 
