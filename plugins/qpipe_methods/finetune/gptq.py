@@ -112,7 +112,7 @@ def best_scales(
         error = goal.error(tried)
         better = error < least if levels.apart else (error.sum() < least.sum()).expand_as(error)
         least, rounded = torch.where(better, error, least), torch.where(better[:, :, None], tried, rounded)
-        blocks = levels.block[better].unique()
+        blocks = levels.block[better].flatten()  # some more than once, always with one value
         scale = scale.index_copy(0, blocks, tried_scale[blocks])
     layer.fake_quant.set_qparams(QParams(scale, start.zero_point))
     return rounded
