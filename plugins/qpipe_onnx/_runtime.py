@@ -19,6 +19,7 @@ from qpipe.calls import tensors
 
 CALL = "qpipe.call"
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+ROUNDED = 4  # what ONNX Runtime does unasked: activations rounded to int8, a block at a time
 FLOAT = 1  # of accuracy_level: products of weights alone in float32, as the simulation has them
 
 

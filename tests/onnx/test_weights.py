@@ -87,6 +87,14 @@ def test_products_and_rows_are_computed_on_codes(exported: Exported) -> None:
     assert not nodes.keys() & {"Gemm", "Gather"}
 
 
+def test_the_proof_holds_sizes_and_times(exported: Exported) -> None:
+    proof, size = exported[1].proof, exported[1].num_bytes
+    words = ("", "fp32_", "default_precision_")
+    assert all(proof[f"{word}latency_ms{batch}"] > 0 for word in words for batch in ("", "_b32"))
+    assert proof["latency_ms_b32"] > proof["latency_ms"]
+    assert proof["counted_bytes"] < size < 1.5 * proof["counted_bytes"]
+
+
 def test_every_layer_gives_what_the_simulation_gives(exported: Exported) -> None:
     proof = exported[1].proof
     assert proof["layers"] == len(LAYERS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from qpipe import (
     Artifact,
@@ -25,15 +26,17 @@ from qpipe import (
     Target,
     convert,
     hookimpl,
+    payload_bytes,
 )
-from qpipe.calls import Call, moved, some_samples
+from qpipe.calls import Call, batch_size, batched, moved, some_samples
 from qpipe.proof import calls, end_to_end, latencies_ms
 from qpipe_onnx._agreement import step_by_step
-from qpipe_onnx._runtime import FLOAT, OnnxRuntimeModule, describe_call, executed_nodes, indexed
+from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes, indexed
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
 _STEP_SAMPLES = 16  # compared edge by edge
+_BATCH_SIZES = {"": 1, "_b32": 32}  # timed, by what their figures are called behind
 _PROBE = torch.empty(8, 4096, device="meta")
 
 
@@ -52,7 +55,7 @@ class OnnxExporter(Exporter):
     def __init__(
         self, opset: int = 21, samples: int = 256, compare_fp32: bool = True, accuracy_level: int = FLOAT
     ) -> None:
-        if accuracy_level not in (FLOAT, 4):
+        if accuracy_level not in (FLOAT, ROUNDED):
             raise RecipeError(f"exporter.onnx.accuracy_level={accuracy_level} is unknown; use 1 or 4")
         self.opset = opset
         self.samples = samples
@@ -89,9 +92,11 @@ class OnnxExporter(Exporter):
             about = describe_call([*call[1]], output, self.accuracy_level)
             twin = write(graph, path, about)
             module = OnnxRuntimeModule(path, [*call[1]], output, accuracy_level=self.accuracy_level)
+            nodes = executed_nodes(path)
             proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
-            proof |= end_to_end(module, context, self.samples) | {"nodes": executed_nodes(path)}
-            proof |= self._latency(module, twin, call)
+            proof |= end_to_end(module, context, self.samples)
+            proof |= {"nodes": nodes, "counted_bytes": payload_bytes(context.simulation)}
+            proof |= self._latency(path, module, twin, call, "MatMulNBits" in nodes)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         engine = f"onnxruntime {version('onnxruntime')}"
         return Artifact(self.name, engine, Path(_FILE), digest, path.stat().st_size, proof, module)
@@ -101,19 +106,34 @@ class OnnxExporter(Exporter):
         """Return a module that runs the file in ONNX Runtime."""
         return OnnxRuntimeModule.open(path)
 
-    def _latency(self, module: OnnxRuntimeModule, twin: Callable[[Path], None], call: Call) -> dict[str, Any]:
-        sample = some_samples(call, 1)
+    def _latency(
+        self, file: Path, module: OnnxRuntimeModule, twin: Callable[[Path], None], call: Call, rounds: bool
+    ) -> dict[str, Any]:
+        """Time the file beside the float graph and beside ONNX Runtime's own choice of precision."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / _FILE
-            modules = [module]
+            modules = {"": module}
             if self.compare_fp32:
                 twin(path)
-                modules.append(OnnxRuntimeModule(path, module.keywords, module.output))
-            names = ("latency_ms", "fp32_latency_ms")
-            return dict(zip(names, latencies_ms(modules, sample), strict=False)) | {
-                "threads": 1,
-                "batch_size": 1,
-            }
+                modules["fp32_"] = OnnxRuntimeModule(path, module.keywords, module.output)
+            if rounds and self.accuracy_level != ROUNDED:
+                modules["default_precision_"] = OnnxRuntimeModule(
+                    file, module.keywords, module.output, accuracy_level=ROUNDED
+                )
+            figures: dict[str, Any] = {"threads": 1, "batch_sizes": [*_BATCH_SIZES.values()]}
+            for suffix, size in _BATCH_SIZES.items():
+                times = latencies_ms([*modules.values()], _samples(call, size))
+                names = (f"{word}latency_ms{suffix}" for word in modules)
+                figures |= dict(zip(names, times, strict=True))
+        return figures
+
+
+def _samples(call: Call, count: int) -> Call:
+    """Return a call of count samples, the same ones over and over where there are fewer."""
+    size = batch_size(call)
+    rows = torch.arange(count) % size
+    samples: Call = pytree.tree_map(lambda leaf: leaf[rows] if batched(leaf, size) else leaf, call)
+    return samples
 
 
 def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
