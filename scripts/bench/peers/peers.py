@@ -75,6 +75,7 @@ def install(driver: str, folder: Path) -> Path | str:
 
 
 def measure(driver: str, folder: Path, timeout: int) -> None:
+    (folder / f"{driver}.json").unlink(missing_ok=True)
     result, place = folder / f"{driver}.json", folder / f"venv-{driver}"
     python: Path | str = Path(sys.executable) if driver == "qpipe_" else install(driver, place)
     if isinstance(python, str):
@@ -95,6 +96,11 @@ def measure(driver: str, folder: Path, timeout: int) -> None:
         last = [line for line in (folder / f"{driver}.log").read_text().splitlines() if line.strip()][-1:]
         result.write_text(json.dumps({"peer": driver, "failed": f"{reason}: {''.join(last)[:200]}"}) + "\n")
     shutil.rmtree(place, ignore_errors=True)
+
+
+def is_measured(result: Path) -> bool:
+    """Say whether a tool ran to its end; one that did not install or was too slow is tried again."""
+    return result.exists() and "failed" not in json.loads(result.read_text())
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -150,7 +156,7 @@ def main() -> None:
     if not (chosen.folder / "crops.npz").exists():
         make_crops(chosen.folder / "crops.npz", chosen.calibration, chosen.evaluation)
     for driver in chosen.peers:
-        if not (chosen.folder / f"{driver}.json").exists():
+        if not is_measured(chosen.folder / f"{driver}.json"):
             print(f"measuring {PEERS[driver]}", file=sys.stderr)
             measure(driver, chosen.folder, chosen.timeout)
     print(table(chosen.folder))

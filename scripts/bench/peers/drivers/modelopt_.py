@@ -15,6 +15,7 @@ REQUIRES = [
     "safetensors",
     "tqdm",
     "scipy",
+    "requests",
 ]
 
 

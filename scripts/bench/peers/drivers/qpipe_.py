@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from measure import Quantized
+from measure import Quantized, eager
 
 REQUIRES: list[str] = []
 
@@ -18,7 +17,9 @@ def load() -> str:
     return version("qpipe-quant")
 
 
-def quantized(model: torch.nn.Module, crops: torch.Tensor, folder: Path, **recipe: Any) -> Quantized:  # noqa: ANN401
+def quantized(
+    model: torch.nn.Module, crops: torch.Tensor, folder: Path, exporter: str, **recipe: str
+) -> Quantized:
     import qpipe
 
     _, report = qpipe.quantize(
@@ -27,20 +28,22 @@ def quantized(model: torch.nn.Module, crops: torch.Tensor, folder: Path, **recip
         task=qpipe.Task(),
         out=folder / "run",
         evaluator=[],
-        exporter=[{"name": "onnx", "samples": 16, "compare_fp32": False}],
+        exporter=[{"name": exporter, "samples": 16, "compare_fp32": False}],
         **recipe,
     )
-    runtime = report.artifacts[0].module.session
-    name = runtime.get_inputs()[0].name
-    return Quantized(lambda x: runtime.run(None, {name: x})[0], len(report.edges), report.artifacts[0].engine)
+    (artifact,) = report.artifacts
+    assert artifact.module is not None
+    return Quantized(eager(artifact.module), len(report.edges), artifact.engine.split()[0])
 
 
-def variant(calibrator: str, granularity: str) -> Callable[..., Quantized]:
-    return lambda *args: quantized(*args, calibrator=calibrator, granularity=granularity)
+def variant(calibrator: str, granularity: str, exporter: str = "onnx") -> Callable[..., Quantized]:
+    return lambda *args: quantized(*args, exporter=exporter, calibrator=calibrator, granularity=granularity)
 
 
 VARIANTS = {
     "minmax, channel": variant("minmax", "channel"),
     "percentile, channel": variant("percentile", "channel"),
+    "percentile, channel, openvino": variant("percentile", "channel", "openvino"),
+    "minmax, channel, openvino": variant("minmax", "channel", "openvino"),
     "minmax, layer": variant("minmax", "layer"),
 }
