@@ -6,6 +6,7 @@ Read from docstrings and tests by ast alone, so that the page says what the code
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -34,20 +35,23 @@ def page() -> str:
 
 def entry(kind: str, path: Path) -> str:
     tree = ast.parse(path.read_text())
-    text = docstring(tree, path)
+    text = ast.get_docstring(class_of(tree, path)) or ""
     lines = [f"\n### `{kind}={path.stem}`\n\n{summary(tree)}\n"]
     lines += [f"\n{word}: {found}\n" for word in ("Source", "Equation") if (found := section(text, word))]
-    facts = [
-        fact for test in sorted(ROOT.glob(f"tests/**/{kind}/test_{path.stem}.py")) for fact in tests(test)
-    ]
-    return "".join([*lines, "\n" if facts else "", *facts])
+    own = sorted(ROOT.glob(f"tests/**/{kind}/test_{path.stem}.py"))
+    found = [fact for test in own for fact in facts(test)]
+    if not own:  # tested together with others
+        imported = f".{kind}.{path.stem} import "
+        shared = [test for test in sorted(ROOT.glob("tests/**/test_*.py")) if imported in test.read_text()]
+        found = [fact for test in shared for fact in facts(test, class_of(tree, path))]
+    return "".join([*lines, "\n" if found else "", *found])
 
 
-def docstring(tree: ast.Module, path: Path) -> str:
-    """Return the docstring of the class whose `name` is the method's."""
+def class_of(tree: ast.Module, path: Path) -> ast.ClassDef:
+    """Return the class whose `name` is the method's."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and f"name = '{path.stem}'" in map(ast.unparse, node.body):
-            return ast.get_docstring(node) or ""
+            return node
     raise SystemExit(f"no class in {path} has name = '{path.stem}'")
 
 
@@ -61,12 +65,21 @@ def section(text: str, word: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
-def tests(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+def facts(path: Path, of: ast.ClassDef | None = None) -> Iterator[str]:
+    """Yield the facts of a file's tests; `of` a class, those that use it."""
+    for node, names in tests(path):
+        if not of or of.name in names:
             fact = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
             words = node.name.removeprefix("test_").replace("_", " ")
             yield f"- {fact or words + '.'} `{path.relative_to(ROOT).as_posix()}::{node.name}`\n"
+
+
+@functools.cache
+def tests(path: Path) -> list[tuple[ast.FunctionDef, set[str]]]:
+    """Return the tests of a file, each with the names it uses."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    names = [{name.id for name in ast.walk(node) if isinstance(name, ast.Name)} for node in found]
+    return [pair for pair in zip(found, names, strict=True) if pair[0].name.startswith("test_")]
 
 
 def main() -> int:

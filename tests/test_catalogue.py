@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@functools.cache
 def catalogue() -> ModuleType:
     spec = importlib.util.spec_from_file_location("catalogue", ROOT / "scripts" / "catalogue.py")
     assert spec is not None
@@ -24,10 +28,18 @@ def test_the_page_is_up_to_date() -> None:
     assert module.PAGE.read_text() == module.page()
 
 
-def test_every_quantizer_has_a_source_and_tested_facts() -> None:
+METHODS = [
+    path
+    for kind in ("transform", "granularity", "calibrator", "quantizer", "finetune")
+    for path in sorted(ROOT.glob(f"plugins/qpipe_methods/{kind}/[a-z]*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_method_has_a_source_an_equation_and_tested_facts(path: Path) -> None:
     """A method is registered only with a paper and a test."""
-    module = catalogue()
-    for path in sorted(ROOT.glob("plugins/qpipe_methods/quantizer/[a-z]*.yaml")):
-        entry = module.entry("quantizer", path.with_suffix(".py"))
-        assert "\nSource: " in entry, path.stem
-        assert "::test_" in entry, path.stem
+    entry = catalogue().entry(path.parent.name, path.with_suffix(".py"))
+    assert "::test_" in entry
+    if path.stem not in ("layer", "none", "revert"):  # not a method of any paper
+        assert "\nSource: " in entry
+        assert "\nEquation: " in entry or path.parent.name == "granularity"

@@ -25,6 +25,7 @@ class ACIQCalibrator(Calibrator[Distribution]):
         distribution: 'gauss', 'laplace', or 'auto': whichever has the nearer E|x| / sigma, block by block.
 
     Source: Banner et al., 2018, arXiv 1810.05723.
+    Equation: clip t b with exp(-t) = t / (3 · 4^M) for Laplace; σ times the Gaussian one
     """
 
     name = "aciq"

@@ -22,6 +22,7 @@ class KLCalibrator(Calibrator[Histogram]):
         num_bins: equal bins of |x|, a power of two; at least twice the levels.
 
     Source: Migacz, "8-bit Inference with TensorRT", GTC 2017.
+    Equation: argmin_i KL(P_i ‖ Q_i): the first i bins with the tail in the last, and their merger to levels
     """
 
     name = "kl"

@@ -11,6 +11,7 @@ class MinMaxCalibrator(Calibrator[Statistics]):
     """Take the least and the largest value as the range.
 
     Source: Krishnamoorthi, 2018, arXiv 1806.08342.
+    Equation: low = min x, high = max x
     """
 
     name = "minmax"

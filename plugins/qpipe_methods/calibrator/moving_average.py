@@ -18,6 +18,7 @@ class MovingAverageCalibrator(Calibrator[BatchExtremes]):
         averaging_constant: c in m <- (1 - c) m + c x, in (0, 1]; the first batch starts the average.
 
     Source: Jacob et al., 2017, arXiv 1712.05877, 3.1.
+    Equation: m <- (1 - c) m + c x
     """
 
     name = "moving_average"

@@ -20,6 +20,7 @@ class MSECalibrator(Calibrator[Distribution]):
         steps: ratios tried, evenly spaced in (0, 1], and as many between the neighbours of the best.
 
     Source: Choukroun et al., "Low-bit Quantization of Neural Networks for Efficient Inference", 2019.
+    Equation: argmin_r Σ (Q(x; r low, r high) - x)²
     """
 
     name = "mse"

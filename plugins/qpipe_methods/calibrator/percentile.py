@@ -14,6 +14,7 @@ class PercentileCalibrator(Calibrator[Distribution]):
         percentile: of |x|, in (0, 100].
 
     Source: Wu et al., 2020, arXiv 2004.09602.
+    Equation: the p-th percentile of |x|
     """
 
     name = "percentile"

@@ -30,6 +30,7 @@ class AdaRound(LayerwiseStrategy):
         memory_gb: for activations.
 
     Source: Nagel et al., 2020, arXiv 2004.10568, eqs. 21 to 25.
+    Equation: min ‖W x - s (floor(W / s) + h(V)) x‖² + λ Σ (1 - |2 h(V) - 1|^β)
     """
 
     name = "adaround"

@@ -26,6 +26,7 @@ class AutoRound(LayerwiseStrategy):
         memory_gb: for activations.
 
     Source: Cheng et al., 2023, arXiv 2309.05516, eqs. 3 to 5.
+    Equation: W = s clip(round(W / s + V)); V <- V - lr sign(∂L / ∂V)
     """
 
     name = "autoround"

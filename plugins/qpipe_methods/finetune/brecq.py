@@ -52,6 +52,7 @@ class BRECQ(FinetuneStrategy):
         memory_gb: for activations.
 
     Source: Li et al., 2021, arXiv 2102.05426, eq. 10; Wei et al. (QDrop), 2022, arXiv 2203.05740, eq. 7.
+    Equation: min E[Σ (∂L/∂z)² (z - z')²] over the codes of a unit with output z; fisher=false: (z - z')²
     """
 
     name = "brecq"

@@ -35,6 +35,7 @@ class GPTQ(LayerwiseStrategy):
         memory_gb: for activations.
 
     Source: Frantar et al., 2022, arXiv 2210.17323, algorithm 1.
+    Equation: e = (w_q - Q(w_q)) / [H⁻¹]_qq; w_rest <- w_rest - e [H⁻¹]_q,rest
     """
 
     name = "gptq"

@@ -23,6 +23,7 @@ class SequentialMSE(LayerwiseStrategy):
         memory_gb: for activations.
 
     Source: the sequential MSE of AIMET; the criterion of Nagel et al., 2021, arXiv 2106.08295, 3.1.
+    Equation: argmin_s ‖(W - Q(W; s)) x‖²
     """
 
     name = "seqmse"

@@ -52,6 +52,7 @@ class Equalize(Transform):
         steps: passes over all pairs for 'ranges', gradient steps for 'noise'.
 
     Source: Nagel et al., 2019, arXiv 1906.04721, section 4.1; the clip carried along: our own derivation.
+    Equation: W_1 / s, b_1 / s, W_2 s; for ranges s = √(r_1 r_2) / r_2
     """
 
     name = "equalize"

@@ -35,6 +35,7 @@ class FoldBatchNorm(Transform):
     read by others too, where either module is called more than once, or where it has no running statistics.
 
     Source: Jacob et al., 2017, arXiv 1712.05877, eq. 14.
+    Equation: W' = γ W / √(σ² + ε); b' = β + γ (b - μ) / √(σ² + ε)
     """
 
     name = "fold_bn"

@@ -8,8 +8,12 @@ from qpipe_methods.calibrator.minmax import MinMaxCalibrator
 from qpipe_methods.finetune.lsq_plus import LearnedOffset, LSQPlus, largest_at_three_sigma
 from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.quantizer.uniform import UniformQuantizer
+from qpipe_zoo.task.classification import Classification
+from torch import nn
 
 from qpipe import QParams, QuantSpec, Slot
+from qpipe.nn import weight_quantizers
+from qpipe.pipeline import quantize
 
 SPEC = QuantSpec(num_bits=2, symmetric=False, signed=False)  # codes 0 to 3
 
@@ -44,6 +48,24 @@ def test_the_zero_point_is_an_integer_at_any_time() -> None:
 def test_weights_start_at_three_standard_deviations() -> None:
     blocks = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [0.0, 2.0, 0.0, 2.0]])  # means 0 and 1, sd 1
     assert largest_at_three_sigma(blocks).flatten().tolist() == [3.0, 4.0]
+
+
+def test_training_starts_weights_there_over_half_the_codes() -> None:
+    """max(|μ - 3σ|, |μ + 3σ|) / 2^(b-1) of each row at 3 bits, left alone by no epoch."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3)
+    tuned, _ = quantize(
+        layer,
+        [(torch.randn(16, 6), torch.arange(16) % 3)],
+        task=Classification(),
+        finetune=[{"name": "lsq_plus", "epochs": 0}],
+        evaluator=[],
+        weight={"num_bits": 3},
+    )
+    (weight,) = weight_quantizers(tuned)
+    rows = layer.weight.detach()
+    mean, spread = rows.mean(1, keepdim=True), 3 * rows.std(1, keepdim=True, correction=0)
+    assert torch.allclose(weight.fake_quant.scale, (mean.abs() + spread) / 4)
 
 
 def test_unknown_starts_are_refused() -> None:

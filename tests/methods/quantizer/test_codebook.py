@@ -95,3 +95,12 @@ def test_a_constant_block_and_a_dead_one_survive() -> None:
 def test_large_tables_are_refused() -> None:
     with pytest.raises(RecipeError, match="1 to 8"):
         CodebookQuantizer().check(QuantSpec(num_bits=9))
+
+
+def test_the_gradient_passes_between_the_outer_levels() -> None:
+    quantizer, spec = CodebookQuantizer(), QuantSpec(num_bits=2)
+    qparams = quantizer.fit(Samples(torch.tensor([[-1.0, -0.5, 0.5, 1.0]])), None, spec)
+    x = torch.tensor([[-2.0, -0.8, 0.7, 1.5]], requires_grad=True)
+    quantizer.fake_quantize(x, qparams, spec).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 1, 1, 0]]

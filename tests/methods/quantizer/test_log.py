@@ -125,3 +125,10 @@ def test_symmetric_unsigned_codes_refuse_negative_values() -> None:
     spec = QuantSpec(num_bits=4, symmetric=True, signed=False)
     with pytest.raises(RecipeError, match="negative values"):
         fit(LogQuantizer(), torch.tensor([[-1.0, 1.0]]), spec)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(0.7, 0.5), (0.71, 1.0), (1.4, 1.0), (3.0, 4.0)])
+def test_the_scale_is_the_power_of_two_nearest_in_the_log(largest: float, scale: float) -> None:
+    """The boundary lies at the geometric mean, 1 / sqrt 2 of the upper one."""
+    qparams = LogQuantizer().fit(Samples(torch.tensor([[-largest, 0.1]])), None, SIGNED)
+    assert qparams.scale.item() == scale

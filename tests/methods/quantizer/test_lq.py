@@ -66,3 +66,15 @@ def test_activations_below_zero_are_held() -> None:
     x = torch.randn(1, 2000, generator=torch.Generator().manual_seed(0))
     value = LQQuantizer().fake_quantize(x, LQQuantizer().fit(Samples(x), None, spec), spec)
     assert (value - x).square().mean() < 0.02
+
+
+def test_the_gradient_passes_between_the_outer_levels() -> None:
+    quantizer, spec = (
+        LQQuantizer(),
+        QuantSpec(num_bits=2, symmetric=False, signed=False, role=Role.ACTIVATION),
+    )
+    qparams = quantizer.fit(Samples(torch.tensor([[0.0, 1.0, 2.0, 3.0]])), None, spec)
+    x = torch.tensor([[-1.0, 0.4, 2.6, 4.0]], requires_grad=True)
+    quantizer.fake_quantize(x, qparams, spec).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 1, 1, 0]]

@@ -75,3 +75,12 @@ def test_scales_work_a_chunk_at_a_time() -> None:
 def test_other_widths_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"weight\.num_bits=4"):
         NF4Quantizer().check(QuantSpec(num_bits=8, role=Role.WEIGHT))
+
+
+def test_the_gradient_passes_between_the_outer_levels() -> None:
+    quantizer, spec = NF4Quantizer(), QuantSpec(num_bits=4, role=Role.WEIGHT)
+    qparams = quantizer.fit(Samples(torch.tensor([[-2.0, 0.5, 1.0, 2.0]])), None, spec)
+    x = torch.tensor([[-3.0, -1.9, 1.9, 3.0]], requires_grad=True)
+    quantizer.fake_quantize(x, qparams, spec).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 1, 1, 0]]
