@@ -16,7 +16,6 @@ import yaml
 
 from qpipe.console import aligned, error, notice
 from qpipe.errors import QpipeError, RecipeError
-from qpipe.record import SAMPLES, strict, write_aside
 from qpipe.registry import PluginRegistry
 
 if TYPE_CHECKING:
@@ -103,6 +102,8 @@ def _sync_sweep(folder: Path, registry: PluginRegistry) -> None:
     if parent is None:
         raise RecipeError(f"the tracker does not answer; try qpipe sync {folder} again later")
     if parent != stored["parent"]:
+        from qpipe.record import write_aside
+
         write_aside(folder / SWEEP, json.dumps({**stored, "parent": parent}, indent=1) + "\n")
     for job in done:
         print(registry.create("tracker", chosen).sync(job, parent))
@@ -160,6 +161,7 @@ def compare(arguments: argparse.Namespace) -> int:
     """Lay two runs beside each other."""
     from qpipe.comparison import compare as compare_runs
     from qpipe.page.compare import comparison_page, text_rows
+    from qpipe.record import strict
 
     with tempfile.TemporaryDirectory(prefix="qpipe-") as scratch:
         a, b = (_run_folder(run, Path(scratch) / run) for run in (arguments.a, arguments.b))
@@ -180,6 +182,7 @@ def compare(arguments: argparse.Namespace) -> int:
 def _run_folder(run: str, scratch: Path) -> Path:
     """Return the folder of a run: itself, its report.json's, or one with the files its tracker has of it."""
     from qpipe.config import compose_config
+    from qpipe.record import SAMPLES
 
     path = Path(run)
     if path.exists():

@@ -190,6 +190,20 @@ def test_a_decoder_is_quantized_from_the_command_line(
     assert "neither a config.json" in capsys.readouterr().err
 
 
+def test_the_experiment_for_decoders_runs(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text(tmp_path, tiny_llama)
+    words = ["model=hf", f"model.path={tiny_llama}", "data=text", "data.path=own.txt", "data.length=64"]
+    choices = ["experiment=awq_w4", "weight.granularity.group_size=32", "data.num_evaluation=4"]
+    quick = ["evaluator=[accuracy,sqnr,size]", "tracker=null", "out=run", "data.calibration.num_samples=4"]
+    assert main([*words, *choices, *quick]) == 0
+    metrics = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]
+    assert metrics["simulated"]["size_bytes"] < metrics["fp32"]["size_bytes"]
+    assert metrics["simulated"]["sqnr_db"] > 0
+
+
 def test_tied_weights_stay_tied(tmp_path: Path, tiny_llama: Path) -> None:
     import qpipe
 
