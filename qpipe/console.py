@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("quantizer", "calibrator", "granularity")
 _SEVERAL = ("transform", "finetune", "evaluator", "exporter")
+_NAMED = 8  # of many edges; the page has all
 _Config = Mapping[str, Any]
 
 
@@ -63,9 +64,15 @@ def header(config: _Config) -> None:
     _table(None, rows)
 
 
-def summary(report: Report, where: str | None = None) -> None:
-    """Print edges, notices and the figures of every variant, and where the run is."""
-    edges(report)
+def summary(report: Report, where: str | None = None, brief: bool = False) -> None:
+    """Print edges, notices and the figures of every variant, and where the run is.
+
+    Args:
+        where: the tracker's word for it.
+        brief: leave the edges out, as one of many runs.
+    """
+    if not brief:
+        edges(report)
     for table in report.tables.values():
         for key in table.get("print", ()):
             _told(table[key])
@@ -87,10 +94,13 @@ def summary(report: Report, where: str | None = None) -> None:
 
 
 def edges(report: Report) -> None:
-    """Print the quantized edges and weights by how they are quantized, and what was left."""
+    """Print the quantized edges and weights by how they are quantized, and what was left.
+
+    A plan names all of them, a run whose page does the first and the last.
+    """
     for title, rows in (("edges", report.edges), ("weights", report.weights)):
         for how, names in _by_slot(rows).items():
-            _wrapped(f"{len(names)} {title}, {how}: ", names)
+            _wrapped(f"{len(names)} {title}, {how}: ", _ends(names) if report.folder else names)
     if report.skipped:
         _wrapped(
             f"{len(report.skipped)} in floating point: ", [f"{k} ({v})" for k, v in report.skipped.items()]
@@ -105,8 +115,12 @@ def _told(said: Any) -> None:  # noqa: ANN401  # a sentence, or rows
     _table(head, [tuple(_cell(row.get(key)) for key in head) for row in said])
 
 
-def sweep(rows: Sequence[Row], folder: Path | None = None) -> None:
-    """Print one line for each job, where they are, then why each failed one did and what repeats it."""
+def sweep(rows: Sequence[Row], folder: Path | None = None, where: str | None = None) -> None:
+    """Print one line for each job, where they are, then why each failed one did and what repeats it.
+
+    Args:
+        where: the tracker's word for it.
+    """
     done = [row.metrics for row in rows if row.metrics]
     columns = list(dict.fromkeys((v, name) for metrics in done for v in metrics for name in metrics[v]))
     columns = sorted((column for column in columns if _differs(done, *column)), key=_is_fp32)[:6]
@@ -116,7 +130,9 @@ def sweep(rows: Sequence[Row], folder: Path | None = None) -> None:
     ]
     _table(("job", "", *(f"{v} {name}" for v, name in columns)), table)
     if folder:
-        _line(f"sweep folder: {folder}")
+        _line(f"sweep folder: {folder} (look at sweep.html)")
+    if where:
+        _line(where)
     for row in rows:
         if row.reason:
             error(f"{row.status}: {row.reason}\n    repeat it with: {row.command}")
@@ -159,6 +175,10 @@ def _line(text: str) -> None:
 def _wrapped(lead: str, names: Iterable[str]) -> None:
     width = 110 if not sys.stdout.isatty() else min(shutil.get_terminal_size().columns, 120)
     _line(textwrap.fill(lead + ", ".join(names), width, subsequent_indent="    ", break_on_hyphens=False))
+
+
+def _ends(names: Sequence[str]) -> Sequence[str]:
+    return names if len(names) <= _NAMED else [*names[: _NAMED - 2], "…", *names[-2:]]
 
 
 def _by_slot(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -126,7 +126,8 @@ def run_job(
         _sync(config, registry, folder, parent)
         recipe.gate.check(copied.metrics)
         return copied
-    console.header(config)
+    if not session.several:
+        console.header(config)
     also = session.also.get(front(config), ())
     with tracked(config, registry, parent) as record:
         trainer = build_trainer(config["trainer"], record.logger)
@@ -134,7 +135,7 @@ def run_job(
         _, report = run(model, data, task, recipe, trainer, own_folder, num_samples, dict(config), name, also)
         record.report = report
     runs.put(name, Entry(data=str(folder)))
-    console.summary(report, record.where)
+    console.summary(report, None if session.several else record.where, brief=session.several)
     recipe.gate.check(report.metrics)
     return report
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _MAX_STEPS = 1.0
 _MIN_PERCENT = 99.5
 _MAX_RELATIVE = 1e-3
+_ROUNDS = 100  # of timing, whose median stands by then
 LayerCalls = Mapping[str, Sequence[tuple[Tensor, Tensor]]]  # input and output of each call, in order
 
 
@@ -242,10 +243,14 @@ def _joined(outputs: list[Tensor]) -> Tensor:
 
 
 def latencies_ms(modules: Sequence[Callable[..., Any]], call: Call, seconds: float = 0.4) -> list[float]:
-    """Return the median time of one call of each module, taken in turns, milliseconds."""
+    """Return the median time of one call of each module, taken in turns, milliseconds.
+
+    Args:
+        seconds: for all of it, where _ROUNDS turns take longer.
+    """
     times: list[list[float]] = [[] for _ in modules]
     stop = time.perf_counter() + seconds
-    while len(times[-1]) < 3 or time.perf_counter() < stop:
+    while len(times[-1]) < 3 or (len(times[-1]) < _ROUNDS and time.perf_counter() < stop):
         for module, taken in zip(modules, times, strict=True):
             start = time.perf_counter()
             module(*call[0], **call[1])

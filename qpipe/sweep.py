@@ -201,9 +201,10 @@ def _run(
         sweep.status = "killed" if sweep.status == "running" else sweep.status
         sweep.write()
         write_sweep_page(sweep.folder)
+        where = None
         if tracker and sweep.parent:
-            tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
-        console.sweep(sweep.rows, sweep.folder)
+            where = tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
+        console.sweep(sweep.rows, sweep.folder, where)
     return 4 if bad else 0
 
 

@@ -28,8 +28,11 @@ class Tracker(ABC):
         """
         return None
 
-    def finish_sweep(self, parent: str, status: str, folder: Path) -> None:
-        """Record folder/sweep.*, the sweep's own files, and close it: 'finished', 'failed' or 'killed'."""
+    def finish_sweep(self, parent: str, status: str, folder: Path) -> str | None:
+        """Record folder/sweep.*, the sweep's own files, close it: 'finished', 'failed' or 'killed'.
+
+        Return where to look, as finish() does.
+        """
 
     @abstractmethod
     def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:

@@ -58,17 +58,20 @@ class MLflowTracker(Tracker):
         return self._reopen(earlier) if earlier else self._open(config, {"qpipe.sweep": "true"})
 
     @quiet()
-    def finish_sweep(self, parent: str, status: str, folder: Path) -> None:
-        """Record the sweep's tables and page, and close the parent run."""
+    def finish_sweep(self, parent: str, status: str, folder: Path) -> str | None:
+        """Record the sweep's tables and page, and close the parent run; return where to look."""
         self.run_id = parent
+        where = f"not recorded; later: qpipe sync {folder}"
         try:
             if self.client is not None:
                 probe(self.uri)
                 for file in sorted(folder.glob("sweep.*")):
                     self.client.log_artifact(parent, str(file))
+                where = self._where()
         except Exception as error:  # whatever a store raises
             self._lost(error)
         self._close(status)
+        return where
 
     @quiet()
     def start(self, config: Mapping[str, Any], parent: str | None = None) -> Logger | bool:
