@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 ok, 1 failed, 2 usage, 3 a gate, 4 part of a sweep, 130."""
-    arguments = _arguments(argv)
+    from qpipe.console import while_read
+
+    return while_read(lambda: _main(_arguments(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     if arguments.help:
         from qpipe.help import help_text
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qpipe.console import aligned, error, notice
+from qpipe.console import aligned, error, notice, while_read
 from qpipe.errors import QpipeError, RecipeError
 from qpipe.registry import PluginRegistry
 
@@ -26,7 +26,10 @@ SWEEP = "sweep.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    return while_read(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["run"]:
         from qpipe.__main__ import main as run
 

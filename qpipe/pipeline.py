@@ -60,7 +60,7 @@ def run(
         identity: of everything the run depends on, for the report.
         also: statistics to collect in the pass, for later runs of this model.
     """
-    _check(model, task, recipe)
+    _check(model, data, task, recipe)
     if trainer.world_size > 1:  # processes that find different things would wait for each other
         recipe = replace(recipe, shelf=Shelf())
     calibration = calibration_batches(data, num_samples)
@@ -72,6 +72,7 @@ def run(
             transform.apply(simulation, calibration, task, shelves.after(transform))
         facts = shelves.true_of(simulation, "statistics")
         preparation = prepare(simulation, calibration, task, recipe)
+        _check_prepared(simulation, recipe)
         with isolate_rng():  # what follows draws the same numbers whether a pass was needed or not
             notices = calibrate(simulation, calibration, task, trainer, facts, also)
         told: dict[str, Any] = {}
@@ -129,12 +130,13 @@ def plan(
     model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe, num_samples: int = 256
 ) -> Report:
     """Say what run() would do: edges, weights, size, and what stays in floating point; nothing is written."""
-    _check(model, task, recipe)
+    _check(model, data, task, recipe)
     calibration = calibration_batches(data, num_samples)
     simulation = shared_copy(model).eval()
     for transform in recipe.transforms:
         transform.apply(simulation, calibration, task, recipe)
     preparation = prepare(simulation, calibration, task, recipe)
+    _check_prepared(simulation, recipe)
     calibrate_weights(simulation)
     static = [edge for edge in edge_quantizers(simulation) if not edge.calibrated]
     for edge in static:
@@ -192,11 +194,17 @@ def quantize(
     return simulation, report
 
 
-def _check(model: nn.Module, task: Task, recipe: Recipe) -> None:
+def _check(model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
     """Refuse what has no meaning for this task, before any data is read."""
     check_gate(model, task, recipe)
     for strategy in recipe.finetune:
-        strategy.check(recipe, task)
+        strategy.check(model, data, task, recipe)
+
+
+def _check_prepared(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a prepared model that a strategy cannot begin with, before any pass over data."""
+    for strategy in recipe.finetune:
+        strategy.check_prepared(model)
 
 
 def _rows(preparation: Preparation) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:

@@ -157,7 +157,9 @@ class PluginRegistry:
         _check_arguments(cls, f"{kind} '{name}' ({cls.__name__})", given)
         try:
             return cls(**given)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
+            raise RecipeError(f"{kind} '{name}': {error}") from error
+        except TypeError as error:  # the constructor met a word where it wanted a number, say
             raise RecipeError(f"{kind} '{name}' cannot be built with {given}: {error}") from error
 
     def _unknown(self, kind: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from qpipe.artifact import CODES, FORMAT, MANIFEST, described, read_codes, state_key
 from qpipe.errors import DataError, QpipeError, RecipeError
-from qpipe.nn import FakeQuant, QuantizedWeight, edge_quantizers, weight_quantizers
+from qpipe.nn import (
+    ChannelClip,
+    FakeQuant,
+    QuantizedWeight,
+    edge_quantizers,
+    weight_name,
+    weight_quantizers,
+)
 from qpipe.packing import packed_bytes, unpack
+from qpipe.recipe import Recipe, Slot
+from qpipe.types import Role
 
 
 def codes_folder(folder: Path) -> Path:
@@ -69,7 +78,11 @@ def start_from(folder: Path, model: nn.Module) -> None:
     manifest, tensors = read_codes(folder)
     with fitting(folder, model):
         _check_names(model, manifest)
-        _check_slots(folder, model, manifest)
+        placed = [
+            (w.name, w.fake_quant.slot, manifest["weights"][state_key(w)]) for w in weight_quantizers(model)
+        ]
+        placed += [(e.name, e.slot, manifest["edges"][e.name]) for e in edge_quantizers(model)]
+        _check_slots(folder, placed, manifest)
         _take_floats(model, tensors)
         for weight, codes in _stored(model, tensors):
             _approach(weight, codes)
@@ -85,24 +98,111 @@ def _approach(weight: QuantizedWeight, codes: Tensor) -> None:
     weight.write(granularity.from_blocks(torch.where(same, blocks, values), before.shape))
 
 
-def _check_slots(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Refuse other levels or blocks; how ranges were found may differ."""
-    placed = [(w.fake_quant, manifest["weights"][state_key(w)]) for w in weight_quantizers(model)]
-    placed += [(edge, manifest["edges"][edge.name]) for edge in edge_quantizers(model)]
-    for fake_quant, entry in placed:
-        ours, stored = described(fake_quant.slot), manifest["slots"][entry["slot"]]
+def check_start(folder: Path, model: nn.Module, recipe: Recipe, slots_stay: bool = True) -> None:
+    """Refuse stored codes that no training of this run can start from, as far as it shows without data.
+
+    Args:
+        model: before transforms.
+        slots_stay: whether tensors will be quantized as the recipe says; not where a strategy changes that.
+
+    Raises:
+        RecipeError: they are damaged, or of another model, other transforms or other words.
+    """
+    with _as_recipe_error(folder):
+        folder = codes_folder(folder)
+        manifest, _ = read_codes(folder)
+        with fitting(folder, model):
+            _check_transforms(folder, model, manifest, recipe)
+            if slots_stay:
+                _check_slots(folder, _asked(folder, manifest, recipe), manifest)
+
+
+def check_placed(folder: Path, model: nn.Module) -> None:
+    """Refuse stored codes of other weights or edges than those of a prepared model.
+
+    Raises:
+        RecipeError: names the first that differs.
+    """
+    with _as_recipe_error(folder):
+        folder = codes_folder(folder)
+        manifest, tensors = read_codes(folder)
+        with fitting(folder, model):
+            _check_names(model, manifest, "start with the model, target and words of the run that stored it")
+            _check_floats(model, tensors)
+
+
+@contextmanager
+def _as_recipe_error(folder: Path) -> Iterator[None]:
+    """Blame the word that names the folder."""
+    try:
+        yield
+    except DataError as error:
+        raise RecipeError(f"artifact={folder}: {error}") from None
+
+
+def _check_transforms(folder: Path, model: nn.Module, manifest: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse a model that lacks what was stored, or has what a transform had taken out."""
+    modules = dict(model.named_modules())
+    for key in manifest["weights"]:
+        path, _, name = key.rpartition(".")
+        if path not in modules or name not in modules[path]._parameters:
+            raise DataError(f"'{key}' was stored, which {type(model).__name__} does not have; give its model")
+    taken_out = [*manifest["identities"], *manifest["clips"]]
+    changed = [name for name in taken_out if type(modules.get(name)) not in (nn.Identity, ChannelClip)]
+    if changed and not recipe.transforms:
+        raise RecipeError(
+            f"'{changed[0]}' was taken out by a transform before {folder} was stored, and this run has "
+            "transform=[]; start with the words of the run that stored it"
+        )
+
+
+def _asked(
+    folder: Path, manifest: Mapping[str, Any], recipe: Recipe
+) -> Iterator[tuple[str, Slot, Mapping[str, Any]]]:
+    """Yield what the recipe says of every stored weight and edge: name, slot, the manifest's entry."""
+    named = [
+        (weight_name(*_split(key)), _split(key)[0], Role.WEIGHT, e) for key, e in manifest["weights"].items()
+    ]
+    named += [(name, name, Role.ACTIVATION, entry) for name, entry in manifest["edges"].items()]
+    for name, known_as, role, entry in named:
+        slot = recipe.slot(known_as, role)
+        if slot is None:
+            raise RecipeError(
+                f"'{name}' was quantized when {folder} was stored, and this run leaves it in floating point; "
+                "start with the words of the run that stored it"
+            )
+        yield name, slot, entry
+
+
+def _split(key: str) -> tuple[str, str]:
+    path, _, name = key.rpartition(".")
+    return path, name
+
+
+def _check_slots(
+    folder: Path, placed: Iterable[tuple[str, Slot, Mapping[str, Any]]], manifest: Mapping[str, Any]
+) -> None:
+    """Refuse other levels or blocks; how ranges were found may differ.
+
+    Args:
+        placed: name, slot, and the manifest's entry of each weight and edge.
+    """
+    for name, slot, entry in placed:
+        ours, stored = described(slot), manifest["slots"][entry["slot"]]
         for part in ("quantizer", "granularity", "spec"):
-            for key in sorted({*ours[part], *stored[part]} - {"rounding"}):
+            for key in sorted({*ours[part], *stored[part]} - {"rounding"}, key=lambda k: (k != "name", k)):
                 here, there = ours[part].get(key), stored[part].get(key)
                 if here != there:
                     word = key if part == "spec" else part if key == "name" else f"{part}.{key}"
                     raise RecipeError(
-                        f"'{fake_quant.name}' was stored in {folder} with {word}={there}, and this run has "
+                        f"'{name}' was stored in {folder} with {word}={there}, and this run has "
                         f"{here}; start with the words of the run that stored it"
                     )
 
 
-def _check_names(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+def _check_names(
+    model: nn.Module, manifest: Mapping[str, Any], advice: str = "give the model it was made from"
+) -> None:
     found = {
         "weight": {state_key(w) for w in weight_quantizers(model)},
         "edge": {e.name for e in edge_quantizers(model)},
@@ -111,7 +211,24 @@ def _check_names(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         if different := sorted(names ^ set(manifest[f"{what}s"])):
             raise DataError(
                 f"{what} '{different[0]}' is quantized either in {type(model).__name__} or as stored, "
-                "not in both; give the model it was made from"
+                f"not in both; {advice}"
+            )
+
+
+def _check_floats(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor that the model does not have, or has in another shape; quantizers' own come later."""
+    state = model.state_dict()
+    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuant))
+    for key, value in tensors.items():
+        if key.endswith(CODES) or key.startswith(own):
+            continue
+        if key not in state or state[key].shape != value.shape:
+            here = (
+                f"{type(model).__name__} has {[*state[key].shape]}" if key in state else "the model has none"
+            )
+            raise DataError(
+                f"'{key}' is stored with shape {[*value.shape]}, and {here}; "
+                "give the model it was made from, after the same transforms"
             )
 
 

@@ -13,6 +13,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_type_hints
 
@@ -28,7 +29,7 @@ from qpipe.kinds.finetune import FinetuneStrategy
 from qpipe.nn import FakeQuant, edge_quantizers, observing, on_blocks, weight_quantizers
 from qpipe.noise import quiet
 from qpipe.recipe import Slot
-from qpipe.restoring import codes_folder, start_from
+from qpipe.restoring import check_placed, check_start, codes_folder, start_from
 from qpipe.resuming import Saved
 from qpipe.statistics import Extremes
 from qpipe.task import Task
@@ -142,6 +143,23 @@ class TrainingStrategy(FinetuneStrategy):
     def begin(self, model: nn.Module, data: LightningDataModule, task: Task) -> None:
         """Start learners from data, where a method does so; learners are in place."""
 
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
+        """Raise RecipeError when there is nothing to train on, no loss to train by, or no such start.
+
+        Args:
+            model: before transforms.
+        """
+        self._check_fits(model, data, task)
+        if self.training["artifact"] is not None:
+            earlier = takewhile(lambda strategy: strategy is not self, recipe.finetune)
+            slots_stay = not any(True for strategy in earlier for _ in strategy.edits(recipe))
+            check_start(Path(self.training["artifact"]), model, recipe, slots_stay)
+
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError when the artifact to start from has other weights or edges."""
+        if self.training["artifact"] is not None:
+            check_placed(Path(self.training["artifact"]), model)
+
     def fit(
         self,
         model: nn.Module,
@@ -154,10 +172,9 @@ class TrainingStrategy(FinetuneStrategy):
         """Train model in place; it comes back in eval mode with plain parameters.
 
         Raises:
-            RecipeError: there is no loss to train by, or no compiler where one is asked for.
-            DataError: there is nothing to train on.
+            DataError: the artifact to start from is damaged.
+            RecipeError: it was quantized by other words.
         """
-        self._check_fits(model, data, task)
         if self.training["artifact"] is not None:
             start_from(Path(self.training["artifact"]), model)
         with self._learning(model) as learners:
@@ -174,8 +191,9 @@ class TrainingStrategy(FinetuneStrategy):
 
     def _check_fits(self, model: nn.Module, data: LightningDataModule, task: Task) -> None:
         if not is_overridden("train_dataloader", data, LightningDataModule):
-            raise DataError(
-                f"finetune '{self.name}' trains, but {type(data).__name__} has no train_dataloader()"
+            raise RecipeError(
+                f"finetune '{self.name}' trains, but {type(data).__name__} has no train_dataloader(); "
+                "give data that has one, or leave out finetune"
             )
         no_loss = type(task).loss is Task.loss and not trains_itself(model)
         if no_loss and self.distillation.weight < 1:

@@ -197,12 +197,11 @@ def stored(folder: Path, model: nn.Module, *strategies: Any, **words: Any) -> nn
         task=Classification(),
         trainer=trainer(),
         finetune=list(strategies),
-        transform=[],
         evaluator=[],
         exporter=["safetensors"],
         target="generic",
         out=folder,
-        **{"weight": {"num_bits": 4}, "calibrator": "mse", **words},
+        **{"weight": {"num_bits": 4}, "calibrator": "mse", "transform": [], **words},
     )
     return made
 
@@ -234,14 +233,97 @@ def test_learned_levels_of_an_artifact_are_where_training_starts(tmp_path: Path)
     assert not torch.equal(again[0].weight_quantizer.extra_negative, again[0].weight_quantizer.scale)
 
 
-def test_an_artifact_of_other_words_is_refused(tmp_path: Path) -> None:
-    stored(tmp_path / "ptq", network(), weight={"num_bits": 8})
-    with pytest.raises(RecipeError, match=r"'0:weight' was stored in .* with num_bits=8, and this run has 4"):
-        finetuned({"name": "qat", "artifact": str(tmp_path / "ptq")})
+class Unread(Blobs):
+    """Says when it is read."""
+
+    def loader(self, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+        raise AssertionError("data was read")
+
+
+def refused(*strategies: Any, data: LightningDataModule | None = None, **words: Any) -> None:  # noqa: ANN401
+    torch.manual_seed(0)
+    given: dict[str, Any] = {
+        "model": network(),
+        "task": Classification(),
+        "transform": [],
+        "target": "generic",
+    }
+    given |= {"weight": {"num_bits": 4}, "evaluator": [], **words}
+    quantize(given.pop("model"), data or Unread(), finetune=list(strategies), trainer=trainer(), **given)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"weight": {"num_bits": 8}}, "'0:weight' was stored in .* with num_bits=4, and this run has 8"),
+        ({"granularity": "layer"}, "with granularity=channel, and this run has layer"),
+        ({"quantizer": "log"}, "with quantizer=uniform, and this run has log"),
+        (
+            {"activation": {"symmetric": True}},
+            "'input' was stored in .* symmetric=False, and this run has True",
+        ),
+        ({"activation": None}, "'input' was quantized when .* this run leaves it in floating point"),
+        ({"model": nn.Sequential(nn.Linear(12, 3))}, "'2.weight' was stored, which Sequential does not have"),
+    ],
+)
+def test_an_artifact_of_other_words_is_refused_before_data_is_read(
+    words: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    stored(tmp_path / "ptq", network())
+    with pytest.raises(RecipeError, match=says):
+        refused({"name": "qat", "artifact": str(tmp_path / "ptq")}, **words)
+
+
+def test_an_artifact_without_this_runs_transforms_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    norms = network(norm=True).eval()
+    stored(tmp_path / "ptq", norms, transform=["fold_bn"])
+    start = {"name": "qat", "artifact": str(tmp_path / "ptq"), "epochs": 0}
+    with pytest.raises(RecipeError, match=r"'1' was taken out by a transform .* this run has transform=\[\]"):
+        refused(start, model=network(norm=True))
+    refused(start, model=network(norm=True), transform=["fold_bn"], data=Blobs())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            {"target": "x86"},
+            r"artifact=.*'2' is quantized either in Sequential or as stored, not in both; start with",
+        ),
+        ({"layers": [{"match": "2", "weight": None}]}, "'2:weight' was quantized when"),
+        ({"model": nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))}, r"stored with shape \[8\]"),
+    ],
+)
+def test_other_edges_or_shapes_are_refused_before_calibration(
+    words: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(tmp_path / "ptq", network())
+    monkeypatch.setattr("qpipe.pipeline.calibrate", None)
+    with pytest.raises(RecipeError, match=says):
+        refused({"name": "qat", "artifact": str(tmp_path / "ptq")}, data=Blobs(), **words)
+
+
+def test_an_artifact_that_is_none_or_damaged_is_refused_before_data_is_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"artifact=.*holds no stored codes"):
         QAT(artifact=str(tmp_path))
-    with pytest.raises(DataError, match="not in both; give the model it was made from"):
-        finetuned({"name": "qat", "artifact": str(tmp_path / "ptq")}, model=network(norm=True))
+    stored(tmp_path / "ptq", network())
+    file = tmp_path / "ptq" / "safetensors" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RecipeError, match=r"artifact=.*is not the file its manifest was written for"):
+        refused({"name": "qat", "artifact": str(tmp_path / "ptq")})
+
+
+def test_bits_that_another_strategy_chooses_are_not_held_against_an_artifact(tmp_path: Path) -> None:
+    allocate = {"name": "allocate", "budget": {"average_bits": 4}, "bits": [2, 8], "num_samples": 16}
+    start = stored(tmp_path / "ptq", network(), allocate)
+    train = {"name": "qat", "artifact": str(tmp_path / "ptq"), "epochs": 0}
+    assert torch.equal(finetuned(allocate, train)(Blobs().x), start(Blobs().x))
+
+
+@pytest.mark.parametrize("name", ["distill", "qat", "lsq"])
+def test_training_without_a_loss_is_refused_before_data_is_read(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"finetune '{name}' needs a loss, and Task has none"):
+        refused(name, task=Task())
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -326,7 +408,7 @@ def test_nothing_to_train_on_is_one_sentence() -> None:
         def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
             return Blobs().val_dataloader()
 
-    with pytest.raises(DataError, match="Unlabelled has no train_dataloader"):
+    with pytest.raises(RecipeError, match="Unlabelled has no train_dataloader"):
         quantize(network(), Unlabelled(), task=Classification(), finetune=["qat"], trainer=trainer())
 
 

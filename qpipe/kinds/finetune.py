@@ -21,8 +21,11 @@ class FinetuneStrategy(ABC):
 
     name: ClassVar[str]
 
-    def check(self, recipe: Recipe, task: Task) -> None:
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
         """Raise RecipeError when this has no meaning for them; asked before any data is read."""
+
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError when the prepared model is none to begin with; asked before calibration."""
 
     def edits(self, recipe: Recipe) -> Iterable[tuple[Role, SlotEdit]]:
         """Return every change of a slot that fit may make, so that exporters can say no before any work."""

@@ -58,7 +58,7 @@ class Allocate(FinetuneStrategy):
         if unknown := [key for key in budget if key not in LEDGERS]:
             raise ValueError(f"a budget is one of {', '.join(LEDGERS)}, not {unknown[0]}")
         if len(given) != 1:
-            raise ValueError(f"give one budget, budget.size=0.2: {' or '.join(LEDGERS)}")
+            raise ValueError("give one budget: budget.size=0.2, budget.average_bits=4 or budget.bops=0.02")
         (self.kind, self.budget), *_ = given.items()
         if type(self.budget) not in (int, float) or self.budget <= 0:
             raise ValueError(f"budget.{self.kind}={self.budget} is no number above 0")
@@ -71,7 +71,7 @@ class Allocate(FinetuneStrategy):
         self.num_samples = num_samples
         self.draws = draws
 
-    def check(self, recipe: Recipe, task: Task) -> None:
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
         """Raise RecipeError where this comes late, no weight is quantized, or an output has no classes."""
         if recipe.finetune[0] is not self:
             raise RecipeError(

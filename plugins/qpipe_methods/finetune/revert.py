@@ -159,7 +159,7 @@ class Revert(FinetuneStrategy):
         self.bits = tuple(bits)
         self.num_samples = num_samples
 
-    def check(self, recipe: Recipe, task: Task) -> None:
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
         """Raise RecipeError where no gate says when to stop, or something comes after this."""
         if recipe.gate.is_open:
             raise RecipeError("finetune=[revert] goes on until a gate holds; give one: gate.max_drop=1")
