@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from qpipe import cli
 from qpipe.__main__ import main
+from qpipe.console import while_read
 from qpipe.groups import groups
 from qpipe.help import help_text
 
@@ -47,6 +48,33 @@ def test_help_names_every_group_option_and_five_examples() -> None:
             assert f"    {name} " in text
             assert option.description.split()[0] in text
     assert text.count("    python -m qpipe") == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "qpipe", "--help"],
+        ["-m", "qpipe", "--cfg"],
+        ["-m", "qpipe.cli", "plugins"],
+        ["-m", "qpipe.cli", "completion", "bash"],
+    ],
+)
+def test_a_reader_that_leaves_ends_a_command_quietly(words: list[str]) -> None:
+    """Its pipe is closed before anything is printed: 128 + SIGPIPE, as a shell reports other tools."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *words], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 141
+
+
+def test_a_broken_pipe_elsewhere_is_no_reader_that_left() -> None:
+    def command() -> int:
+        raise BrokenPipeError("a worker died")
+
+    with pytest.raises(BrokenPipeError, match="a worker died"):
+        while_read(command)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

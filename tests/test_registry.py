@@ -61,7 +61,7 @@ def test_a_name_or_a_mapping_makes_an_instance(install: Install) -> None:
     ("config", "said"),
     [
         ({"name": "toyone", "step": 5}, r"'toyone' \(Toy\) has no key 'step'; did you mean 'steps'\?"),
-        ({"name": "toyone", "steps": -1}, "cannot be built with {'steps': -1}: steps must be positive"),
+        ({"name": "toyone", "steps": -1}, "toyone.: steps must be positive"),
         ({"steps": 5}, "has no 'name'; installed: "),
     ],
 )
