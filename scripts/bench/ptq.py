@@ -1,10 +1,11 @@
-"""Post-training methods beside rounding to nearest: one row a recipe, with its CPU time.
+"""Post-training methods beside rounding to nearest: one row a recipe, with its CPU time (quantize() alone).
 
     python scripts/bench/ptq.py                                   # every row, 256 evaluation crops
     python scripts/bench/ptq.py --rows w4 minilm --evaluation 64  # rows whose name holds one of these words
 
 EfficientNet-Lite0: SQNR of the logits and agreement with float, on crops of photos never calibrated
-on. MiniLM: mean cosine of sentence embeddings to float. All figures are simulated; one thread.
+on; 'synthetic' and 'noise' calibrate on no photo at all. MiniLM: mean cosine of sentence embeddings to
+float. All figures are simulated; one thread.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from qpipe_zoo.data.photos import Photos
 from qpipe_zoo.data.sentences import Sentences
+from qpipe_zoo.data.synthetic import Synthetic
 from qpipe_zoo.model.efficientnet_lite0 import efficientnet_lite0
 from qpipe_zoo.model.minilm import minilm
 from torch import Tensor, nn
@@ -34,15 +36,24 @@ DEPTHWISE = [*ENDS, {"match": "*depthwise*", "weight": {"num_bits": 8}}]
 W4: dict[str, Any] = {"weight": {"num_bits": 4}, "layers": ENDS}
 W4_DEPTHWISE_8: dict[str, Any] = {"weight": {"num_bits": 4}, "layers": DEPTHWISE}
 
+BLOCKS = {"name": "brecq", "iterations": 100, "step_lr": 0.0}
+
 PHOTOS: dict[str, dict[str, Any]] = {
     "w8 channel, round": {},
     "w8 channel, bias_correction": {"finetune": ["bias_correction"]},
     "w8 channel, gptq": {"finetune": [SHRUNK]},
+    "w8 channel, gptq, synthetic": {"finetune": [SHRUNK], "data": "synthetic"},
+    "w8 channel, gptq, noise": {"finetune": [SHRUNK], "data": "noise"},
     "w8 tensor, round": {"granularity": "layer"},
     "w8 tensor, equalize ranges, bias_correction": {
         "granularity": "layer",
         "transform": RANGES,
         "finetune": ["bias_correction"],
+    },
+    "w8 tensor, equalize ranges, analytic bias_correction": {
+        "granularity": "layer",
+        "transform": RANGES,
+        "finetune": [{"name": "bias_correction", "source": "batch_norm"}],
     },
     "w8 tensor, equalize, gptq": {"granularity": "layer", "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, round": W4,
@@ -51,6 +62,12 @@ PHOTOS: dict[str, dict[str, Any]] = {
     "w4 channel, equalize, gptq": {**W4, "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, equalize, adaround": {**W4, "transform": EQUALIZE, "finetune": ["adaround"]},
     "w4 channel, equalize, autoround": {**W4, "transform": EQUALIZE, "finetune": ["autoround"]},
+    "w4 channel, gptq": {**W4, "finetune": [SHRUNK]},
+    "w4 channel, gptq, synthetic": {**W4, "finetune": [SHRUNK], "data": "synthetic"},
+    "w4 channel, gptq, noise": {**W4, "finetune": [SHRUNK], "data": "noise"},
+    "w4 channel, brecq, qdrop": {**W4, "finetune": [BLOCKS]},
+    "w4 channel, brecq": {**W4, "finetune": [{**BLOCKS, "drop": 0.0}]},
+    "w4 channel, gptq, brecq, qdrop": {**W4, "finetune": [SHRUNK, BLOCKS]},
     "w4 channel, depthwise 8, equalize, gptq": {
         **W4_DEPTHWISE_8,
         "transform": EQUALIZE,
@@ -75,6 +92,13 @@ SENTENCES: dict[str, dict[str, Any]] = {
         ("autoround", ["autoround"]),
     )
 }
+for bits, choices in (("w4 symmetric", S4), ("w3 asymmetric", A3)):
+    SENTENCES[f"minilm {bits} g64, awq"] = {**choices, "transform": ["awq"]}
+    SENTENCES[f"minilm {bits} g64, awq, gptq"] = {**choices, "transform": ["awq"], "finetune": [GPTQ]}
+A4 = {**A3, "weight": {**A3["weight"], "num_bits": 4}}
+for bits, choices in (("w4 asymmetric", A4), ("w3 asymmetric", A3)):
+    SENTENCES[f"minilm {bits} g64, round"] = choices
+    SENTENCES[f"minilm {bits} g64, hqq"] = {**choices, "weight": {**choices["weight"], "quantizer": "hqq"}}
 
 
 def outputs(model: nn.Module, batches: list[Any]) -> Tensor:
@@ -95,15 +119,22 @@ def compared(output: Tensor, reference: Tensor, is_photos: bool) -> Mapping[str,
 
 
 def run(
-    rows: Mapping[str, dict[str, Any]], model: nn.Module, data: LightningDataModule, is_photos: bool
+    rows: Mapping[str, dict[str, Any]],
+    model: nn.Module,
+    sources: Mapping[str, LightningDataModule],
+    is_photos: bool,
 ) -> None:
+    """Print a row for each recipe, calibrated on the source it names, by default the first."""
+    default, data = next(iter(sources.items()))
     data.setup("test")
     batches = list(data.test_dataloader())
     reference = outputs(model, batches)
     for name, choices in rows.items():
+        source = sources[choices.get("data", default)]
+        choices = {key: value for key, value in choices.items() if key != "data"}
         start = time.process_time()
         target = "x86" if is_photos else "generic"
-        quantized, _ = quantize(model, data, target=target, evaluator=[], num_samples=128, **choices)
+        quantized, _ = quantize(model, source, target=target, evaluator=[], num_samples=128, **choices)
         spent = time.process_time() - start
         figures = compared(outputs(quantized, batches), reference, is_photos)
         text = "  ".join(f"{key} {value:7.3f}" for key, value in figures.items())
@@ -117,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[""])
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--evaluation", type=int, default=256)
+    parser.add_argument("--distillation", type=int, default=100, help="iterations a batch of 'synthetic'")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -125,10 +157,15 @@ def main() -> None:
         return {name: row for name, row in rows.items() if any(word in name for word in args.rows)}
 
     if photos := chosen(PHOTOS):
-        data = Photos(num_calibration=args.calibration, num_evaluation=args.evaluation)
-        run(photos, efficientnet_lite0(), data, True)
+        model, count = efficientnet_lite0(), args.calibration
+        sources = {
+            "photos": Photos(num_calibration=count, num_evaluation=args.evaluation),
+            "synthetic": Synthetic(model, (3, 224, 224), count=count, iterations=args.distillation),
+            "noise": Synthetic(model, (3, 224, 224), count=count, iterations=0),
+        }
+        run(photos, model, sources, True)
     if sentences := chosen(SENTENCES):
-        run(sentences, minilm(), Sentences(num_calibration=args.calibration), False)
+        run(sentences, minilm(), {"sentences": Sentences(num_calibration=args.calibration)}, False)
 
 
 if __name__ == "__main__":
