@@ -244,7 +244,8 @@ def _not_executed(recipe: Recipe) -> Iterator[str]:
             "num_bits": getattr(target, f"{role.value}_bits"),
             "granularity": getattr(target, f"{role.value}_granularities"),
         }
-        for key in ("signed", "symmetric"):
+        is_centred = role is Role.WEIGHT and slot.spec.num_bits < 8  # convert() makes them symmetric int8
+        for key in () if is_centred else ("signed", "symmetric"):
             fixed = getattr(target, f"{role.value}_{key}")
             allowed[key] = () if fixed is None else (fixed,)
         if slot.spec.dynamic and not target.dynamic:

@@ -20,6 +20,7 @@ def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
 
     Weights become integer buffers behind `quantized_decomposed.dequantize_*`, their float parameters are
     dropped; activations pass `quantize_per_tensor` and `dequantize_per_tensor`. Engines are given this graph.
+    Where activations are codes too, weights of less than 8 bits lose their zero points: see CodedWeight.
 
     Args:
         dynamic: let a DynamicActivation stand where ranges are taken from each tensor; else they are refused.
@@ -31,8 +32,10 @@ def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
     importlib.import_module("torch.ao.quantization.fx._decomposed")
     model = shared_copy(model).eval()
     weights = [weight for weight in qnn.weight_quantizers(model) if weight.fake_quant.enabled]
+    centred = any(edge.enabled for edge in qnn.edge_quantizers(model))
     stand_ins: dict[int, nn.Module] = {
-        id(weight.fake_quant): CodedWeight(weight.fake_quant, weight.blocks_input()) for weight in weights
+        id(weight.fake_quant): CodedWeight(weight.fake_quant, weight.blocks_input(), centred)
+        for weight in weights
     }
     for weight in weights:
         weight.module._parameters[weight.parameter_name] = None
@@ -54,17 +57,23 @@ class CodedWeight(nn.Module):
 
     Args:
         x: the weight, output channels first.
+        centred: take zero points out of codes of less than 8 bits. What is left fits int8, which engines
+            multiply without a zero point: asymmetric weights cost nothing to run.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, fake_quant: qnn.FakeQuant, x: Tensor) -> None:
+    def __init__(self, fake_quant: qnn.FakeQuant, x: Tensor, centred: bool = False) -> None:
         super().__init__()
         qparams, granularity = _affine(fake_quant), fake_quant.slot.granularity
         self.granularity, self.spec, self.shape = granularity, fake_quant.slot.spec, x.shape
         codes = fake_quant.codes(x.detach())
+        if centred and self.spec.num_bits < 8 and qparams.zero_point.any():
+            codes = codes - qparams.zero_point
+            qparams = QParams(qparams.scale, torch.zeros_like(qparams.zero_point))
+            self.spec = QuantSpec(num_bits=8, symmetric=True, signed=True)
         rows = _by_channel(qparams, granularity, codes, x.shape)
         self.blocked = rows is None  # a channel has several scales: codes stay blocks [B, N]
         if rows is not None:

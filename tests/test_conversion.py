@@ -90,6 +90,23 @@ def test_codes_fill_the_smallest_integers(
     assert codes.abs().amax() == largest
 
 
+def test_few_bits_lose_their_zero_points_and_keep_their_values(quantized: Quantized) -> None:
+    unsigned = {"signed": False, "symmetric": False, "restricted": False}
+    model, _ = quantized(num_bits=4, **unsigned)
+    conv, coded = model.get_submodule("conv"), convert(model).get_submodule("conv.weight_quantizer")
+    alone = CodedWeight(conv.weight_quantizer, conv._parameters["weight"])
+    assert alone.zero_point.any()
+    assert alone.codes.dtype is torch.uint8
+    assert not coded.zero_point.any()
+    assert coded.codes.dtype is torch.int8
+    rows = coded.codes.flatten(1)
+    assert (rows.amax(1) - rows.amin(1) == 15).all()  # all steps are there, wherever zero lies
+    assert torch.equal(coded(None), conv.weight)
+    assert torch.equal(alone(None), conv.weight)
+    eight = convert(quantized(**unsigned)[0]).get_submodule("conv.weight_quantizer")
+    assert eight.zero_point.any()  # 255 steps do not fit int8
+
+
 def test_no_float_weight_is_left_and_the_model_is_untouched(quantized: Quantized) -> None:
     model, _ = quantized()
     before = {name: value.clone() for name, value in model.state_dict().items()}

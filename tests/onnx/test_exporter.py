@@ -102,6 +102,19 @@ def test_the_file_agrees_with_the_simulation(exported: Exported) -> None:
     assert 10 * torch.log10(simulated.square().mean() / power) > 35
 
 
+def test_asymmetric_weights_of_four_bits_run_on_codes_too(
+    export: Export, make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe()
+    assert recipe.weight is not None
+    spec = replace(recipe.weight.spec, num_bits=4, symmetric=False, signed=False, restricted=False)
+    recipe = replace(recipe, weight=replace(recipe.weight, spec=spec))
+    _, artifact = export(*residual(), recipe)
+    assert artifact.proof["nodes"]["QLinearConv"] == 4
+    assert artifact.proof["nodes"]["QGemm"] == 2
+    assert artifact.proof["largest_edge_difference_steps"] <= 1
+
+
 def test_any_batch_size_gives_the_same_rows(exported: Exported) -> None:
     _, artifact, _ = exported
     _, (batch, _) = residual()

@@ -59,7 +59,9 @@ class _Layer:
         ratio = enter.reshape(self.groups, 1, -1) / leave.reshape(self.groups, -1, 1)
         ratio = ratio.flatten(0, 1).reshape(*self.weight.shape[:2], *[1] * (self.weight.dim() - 2))
         blocks = granularity.to_blocks(self.weight * ratio)
-        step = 2 * blocks.abs().amax(1, keepdim=True) / (spec.quant_max - spec.quant_min)
+        low, high = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
+        width = 2 * torch.maximum(-low, high) if spec.symmetric else high - low
+        step = width / (spec.quant_max - spec.quant_min)
         steps = granularity.from_blocks(step.expand(blocks.shape), self.weight.shape)
         return ((steps / ratio).square() * self.weight_gain).sum() / 12
 

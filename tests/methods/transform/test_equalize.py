@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from qpipe_methods.granularity.channel import PerChannel
@@ -8,7 +10,7 @@ from qpipe_methods.transform.equalize import ChannelClip, Equalize, find_pairs, 
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import Recipe, Slot, Target, Task
+from qpipe import QuantSpec, Recipe, Slot, Target, Task
 from qpipe.graph import record
 
 
@@ -45,7 +47,7 @@ def recipe(granularity: qpipe.Granularity) -> Recipe:
     from qpipe_methods.calibrator.minmax import MinMaxCalibrator
     from qpipe_methods.quantizer.uniform import UniformQuantizer
 
-    from qpipe import QuantSpec, Role
+    from qpipe import Role
 
     def slot(spec: QuantSpec, shape: qpipe.Granularity) -> Slot:
         return Slot(UniformQuantizer(), MinMaxCalibrator(), shape, spec)
@@ -170,14 +172,21 @@ def test_gains_are_squared_derivatives_of_the_output() -> None:
     assert torch.equal(layers["2"].high, hidden.amax(0))
 
 
-def test_noise_is_the_mean_square_of_what_random_rounding_does() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_noise_is_the_mean_square_of_what_random_rounding_does(symmetric: bool) -> None:
     """Uniform errors of one step, drawn many times, change the output as the sum of gains says."""
     from qpipe_methods.transform._noise import _observe
 
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(40, 3)
-    layer = _observe(net, ["2"], [x], Task(), recipe(PerLayer()), 40)["2"]
-    step = 2 * net[2].weight.abs().max() / 254
+    with torch.no_grad():
+        net[2].weight.add_(0.4)  # an asymmetric range is much narrower
+    made = recipe(PerLayer())
+    if not symmetric:
+        made = replace(made, weight=replace(made.weight, spec=QuantSpec(8, symmetric=False, signed=False)))
+    layer = _observe(net, ["2"], [x], Task(), made, 40)["2"]
+    weight = net[2].weight.detach()
+    step = 2 * weight.abs().max() / 254 if symmetric else (weight.max().relu() + (-weight).max().relu()) / 255
     errors = (torch.rand(20_000, 4) - 0.5) * step
     with torch.no_grad():
         measured = (errors @ net[1](net[0](x)).T).square().mean()
