@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Quantized, eager
@@ -18,7 +19,11 @@ def load() -> str:
 
 
 def quantized(
-    model: torch.nn.Module, crops: torch.Tensor, folder: Path, exporter: str, **recipe: str
+    model: torch.nn.Module,
+    crops: torch.Tensor,
+    folder: Path,
+    exporter: str,
+    **recipe: Any,  # noqa: ANN401
 ) -> Quantized:
     import qpipe
 
@@ -36,14 +41,19 @@ def quantized(
     return Quantized(eager(artifact.module), len(report.edges), artifact.engine.split()[0])
 
 
-def variant(calibrator: str, granularity: str, exporter: str = "onnx") -> Callable[..., Quantized]:
-    return lambda *args: quantized(*args, exporter=exporter, calibrator=calibrator, granularity=granularity)
+def variant(granularity: str, exporter: str = "onnx", **recipe: Any) -> Callable[..., Quantized]:  # noqa: ANN401
+    return lambda *args: quantized(*args, exporter=exporter, granularity=granularity, **recipe)
 
 
 VARIANTS = {
-    "minmax, channel": variant("minmax", "channel"),
-    "percentile, channel": variant("percentile", "channel"),
-    "percentile, channel, openvino": variant("percentile", "channel", "openvino"),
-    "minmax, channel, openvino": variant("minmax", "channel", "openvino"),
-    "minmax, layer": variant("minmax", "layer"),
+    "minmax, channel": variant("channel"),
+    "percentile, channel": variant("channel", calibrator="percentile"),
+    "percentile, channel, openvino": variant("channel", "openvino", calibrator="percentile"),
+    "minmax, channel, openvino": variant("channel", "openvino"),
+    "experiment=w8_ptq": variant("channel", finetune=["bias_correction"]),
+    "experiment=w8_ptq, openvino": variant("channel", "openvino", finetune=["bias_correction"]),
+    "minmax, layer": variant("layer"),
+    "experiment=w8_tensor_ptq": variant(
+        "layer", transform=["fold_bn", "equalize"], finetune=[{"name": "gptq", "shrinkage": 0.2}]
+    ),
 }
