@@ -210,8 +210,7 @@ def _check_names(
     for what, names in found.items():
         if different := sorted(names ^ set(manifest[f"{what}s"])):
             raise DataError(
-                f"{what} '{different[0]}' is quantized either in {type(model).__name__} or as stored, "
-                f"not in both; {advice}"
+                f"{what} '{different[0]}' is quantized either here or as stored, not in both; {advice}"
             )
 
 
@@ -222,12 +221,10 @@ def _check_floats(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
         if key.endswith(CODES) or key.startswith(own):
             continue
-        if key not in state or state[key].shape != value.shape:
-            here = (
-                f"{type(model).__name__} has {[*state[key].shape]}" if key in state else "the model has none"
-            )
+        ours = list(state[key].shape) if key in state else "none"
+        if ours != list(value.shape):
             raise DataError(
-                f"'{key}' is stored with shape {[*value.shape]}, and {here}; "
+                f"'{key}' is stored with shape {list(value.shape)}, the model here has {ours}; "
                 "give the model it was made from, after the same transforms"
             )
 

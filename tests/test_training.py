@@ -284,23 +284,42 @@ def test_an_artifact_without_this_runs_transforms_is_refused_before_data_is_read
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("then", "now", "says"),
     [
         (
-            {"target": "x86"},
-            r"artifact=.*'2' is quantized either in Sequential or as stored, not in both; start with",
+            {"layers": [{"match": "1", "activation": None}]},
+            {},
+            "edge '1' is quantized either here or as stored, not in both; start with",
         ),
-        ({"layers": [{"match": "2", "weight": None}]}, "'2:weight' was quantized when"),
-        ({"model": nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))}, r"stored with shape \[8\]"),
+        (
+            {},
+            {"model": nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))},
+            r"stored with shape \[8\]",
+        ),
+        (
+            {"norm": True},
+            {"transform": ["fold_bn"]},
+            r"'1\.\w+' is stored with shape .*has none; give .* after the same transforms",
+        ),
     ],
 )
 def test_other_edges_or_shapes_are_refused_before_calibration(
-    words: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    then: dict[str, Any],
+    now: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stored(tmp_path / "ptq", network())
+    words = {**then}
+    norm = words.pop("norm", False)
+    stored(tmp_path / "ptq", network(norm=norm), **words)
     monkeypatch.setattr("qpipe.pipeline.calibrate", None)
     with pytest.raises(RecipeError, match=says):
-        refused({"name": "qat", "artifact": str(tmp_path / "ptq")}, data=Blobs(), **words)
+        refused(
+            {"name": "qat", "artifact": str(tmp_path / "ptq")},
+            data=Blobs(),
+            **{"model": network(norm=norm), **now},
+        )
 
 
 def test_an_artifact_that_is_none_or_damaged_is_refused_before_data_is_read(tmp_path: Path) -> None:
@@ -318,6 +337,39 @@ def test_bits_that_another_strategy_chooses_are_not_held_against_an_artifact(tmp
     start = stored(tmp_path / "ptq", network(), allocate)
     train = {"name": "qat", "artifact": str(tmp_path / "ptq"), "epochs": 0}
     assert torch.equal(finetuned(allocate, train)(Blobs().x), start(Blobs().x))
+
+
+class Own(LightningModule):
+    """Trains itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        return None
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("lsq", {"quantizer": "log"}, "use quantizer=uniform, or finetune=qat"),
+        (
+            "gradual",
+            {"quantizer": "codebook"},
+            "'gradual' learns the scale of affine codes, which no quantizer",
+        ),
+        ("dsq", {"weight": {"quantizer": "apot"}, "activation": None}, "which no quantizer here has"),
+        ("lsq", {"weight": None, "activation": {"dynamic": True}}, "which no quantizer here has"),
+        ("ttq", {}, "there are none; use weight.quantizer=ternary"),
+        ("pact", {"activation": None}, "'pact' learns where activations are clipped"),
+        ("ewgs", {"model": Own()}, r"give finetune\.ewgs\.delta"),
+        ({"name": "qat", "distill": {"weight": 1.0}}, {"model": Own()}, "distill cannot add to its loss"),
+    ],
+)
+def test_what_a_method_cannot_learn_is_refused_before_data_is_read(
+    name: Any,  # noqa: ANN401
+    words: dict[str, Any],
+    says: str,
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        refused(name, **words)
 
 
 @pytest.mark.parametrize("name", ["distill", "qat", "lsq"])

@@ -52,6 +52,15 @@ class EWGS(LSQ):
         self.delta = delta
         self.every = every
 
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
+        """Raise RecipeError when the model's own training step hides the loss, or as LSQ does."""
+        super().check(model, data, task, recipe)
+        if self.delta is None and trains_itself(model):
+            raise RecipeError(
+                f"{type(model).__name__} has its own training_step, whose Hessian ewgs does not see; "
+                "give finetune.ewgs.delta=0.001"
+            )
+
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return a learned step with scaled gradients where codes have a step."""
         slot = fake_quant.slot
@@ -68,19 +77,10 @@ class EWGS(LSQ):
         recipe: Recipe,
         trainer: Trainer,
     ) -> None:
-        """Train model in place, measuring the Hessian on the way where no strength is given.
-
-        Raises:
-            RecipeError: the model has its own training step, whose loss cannot be asked for.
-        """
+        """Train model in place, measuring the Hessian on the way where no strength is given."""
         if self.delta is not None:
             super().fit(model, reference, data, task, recipe, trainer)
             return
-        if trains_itself(model):
-            raise RecipeError(
-                f"{type(model).__name__} has its own training_step, whose Hessian ewgs does not see; "
-                "give finetune.ewgs.delta=0.001"
-            )
 
         def loss(batch: Any) -> Tensor:  # noqa: ANN401
             return self.distillation.loss(model, model, reference.model, task, batch)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
+from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
-from qpipe import FinetuneStrategy, Learner, QParams, Slot, TrainingStrategy, hookimpl
+from qpipe import FinetuneStrategy, Learner, QParams, RecipeError, Slot, Task, TrainingStrategy, hookimpl
 from qpipe.nn import FakeQuant
-from qpipe.training import Training
+from qpipe.training import Training, fake_quants
 
 
 class LearnedLevels(TrainingStrategy):
@@ -37,6 +38,14 @@ class LearnedLevels(TrainingStrategy):
         """Return learned levels where there is a table of them."""
         start = fake_quant.qparams()
         return Levels(fake_quant.slot, start, self.error) if start.extra else None
+
+    def begin(self, model: nn.Module, data: LightningDataModule, task: Task) -> None:
+        """Raise RecipeError when there is no table of levels to learn."""
+        if not any(isinstance(fake_quant.learner, Levels) for fake_quant in fake_quants(model)):
+            raise RecipeError(
+                "finetune 'learned_levels' trains tables of levels, and no quantizer here has one; "
+                "use quantizer=codebook, or finetune=lsq for scales"
+            )
 
 
 class Levels(Learner):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -23,6 +23,9 @@ from qpipe.functional import scale_eps, scaled_gradient
 from qpipe.nn import FakeQuant, on_blocks
 from qpipe.training import Training, mean_magnitudes
 
+if TYPE_CHECKING:
+    from qpipe import Recipe
+
 
 class LSQ(TrainingStrategy):
     """Train weights and steps together.
@@ -37,12 +40,26 @@ class LSQ(TrainingStrategy):
     """
 
     name = "lsq"
+    learns = True  # steps
 
     def __init__(self, init: Literal["lsq", "calibrated"] = "lsq", **training: Unpack[Training]) -> None:
         if init not in ("lsq", "calibrated"):
             raise ValueError(f"init is lsq or calibrated, not {init!r}")
         super().__init__(**training)
         self.init = "calibrated" if self.training["artifact"] else init
+
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
+        """Raise RecipeError when no slot has a step to learn, or as TrainingStrategy does."""
+        super().check(model, data, task, recipe)
+        slots = [slot for _, slot in recipe.every_slot() if not slot.spec.dynamic]
+        if self.learns and not any(slot.quantizer.is_affine(slot.spec) for slot in slots):
+            raise RecipeError(self._without_steps())
+
+    def _without_steps(self) -> str:
+        return (
+            f"finetune '{self.name}' learns the scale of affine codes, which no quantizer here has; "
+            "use quantizer=uniform, or finetune=qat"
+        )
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return a learned step where codes have one."""
@@ -57,10 +74,7 @@ class LSQ(TrainingStrategy):
         """
         steps = [m for m in model.modules() if isinstance(m, LearnedStep)]
         if not steps:
-            raise RecipeError(
-                f"finetune '{self.name}' learns the scale of affine codes, which no quantizer here has; "
-                "use quantizer=uniform, or finetune=qat"
-            )
+            raise RecipeError(self._without_steps())
         if self.init == "lsq":
             for fake_quant, mean in mean_magnitudes(model, data, task):
                 if isinstance(fake_quant.learner, LearnedStep):

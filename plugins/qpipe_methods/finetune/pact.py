@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
+from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
-from qpipe import FinetuneStrategy, Learner, QParams, Role, Slot, TrainingStrategy, hookimpl
+from qpipe import (
+    FinetuneStrategy,
+    Learner,
+    QParams,
+    RecipeError,
+    Role,
+    Slot,
+    Task,
+    TrainingStrategy,
+    hookimpl,
+)
 from qpipe.functional import scale_eps, straight_through
 from qpipe.nn import FakeQuant, on_blocks
 from qpipe.training import Training
+
+if TYPE_CHECKING:
+    from qpipe import Recipe
 
 
 class PACT(TrainingStrategy):
@@ -37,6 +51,16 @@ class PACT(TrainingStrategy):
         super().__init__(**training)
         self.init = None if self.training["artifact"] else init
         self.weight = penalty
+
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
+        """Raise RecipeError when no activation has a range to learn, or as TrainingStrategy does."""
+        super().check(model, data, task, recipe)
+        slots = [slot for role, slot in recipe.every_slot() if role is Role.ACTIVATION]
+        if not any(slot.quantizer.is_affine(slot.spec) and not slot.spec.dynamic for slot in slots):
+            raise RecipeError(
+                "finetune 'pact' learns where activations are clipped, and none has a stored range of affine "
+                "codes here; use quantizer=uniform for them, or finetune=qat"
+            )
 
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return a learned clipping value where the range begins at zero."""

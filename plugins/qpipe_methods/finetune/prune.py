@@ -128,7 +128,7 @@ class Prune(LSQ):
                 quantizer = weight.fake_quant.slot.quantizer.name
                 raise RecipeError(
                     f"finetune 'prune' needs zero among the levels of '{weight.name}', and quantizer "
-                    f"'{quantizer}' has none there; use quantizer@weight.quantizer=uniform"
+                    f"'{quantizer}' has none there; use weight.quantizer=uniform"
                 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -22,6 +22,15 @@ from qpipe.functional import scale_eps
 from qpipe.nn import FakeQuant, weight_quantizers
 from qpipe.training import Training
 from qpipe_methods.quantizer.ternary import TernaryQuantizer
+
+if TYPE_CHECKING:
+    from qpipe import Recipe
+
+
+_NONE = (
+    "finetune 'ttq' learns the levels of ternary weights, and there are none; "
+    "use weight.quantizer=ternary weight.num_bits=2"
+)
 
 
 class TTQ(TrainingStrategy):
@@ -47,6 +56,12 @@ class TTQ(TrainingStrategy):
         super().__init__(**training)
         self.threshold = threshold
 
+    def check(self, model: nn.Module, data: LightningDataModule, task: Task, recipe: Recipe) -> None:
+        """Raise RecipeError when no weight is ternary, or as TrainingStrategy does."""
+        super().check(model, data, task, recipe)
+        if not any(isinstance(slot.quantizer, TernaryQuantizer) for _, slot in recipe.every_slot()):
+            raise RecipeError(_NONE)
+
     def learner(self, fake_quant: FakeQuant) -> Learner | None:
         """Return two learned magnitudes where codes are ternary."""
         slot = fake_quant.slot
@@ -62,10 +77,7 @@ class TTQ(TrainingStrategy):
         """
         found = [w for w in weight_quantizers(model) if isinstance(w.fake_quant.learner, LearnedPair)]
         if not found:
-            raise RecipeError(
-                "finetune 'ttq' learns the levels of ternary weights, and there are none; "
-                "use quantizer@weight.quantizer=ternary weight.num_bits=2"
-            )
+            raise RecipeError(_NONE)
         for weight in () if self.training["artifact"] else found:
             learner = weight.fake_quant.learner
             if isinstance(learner, LearnedPair):

@@ -11,7 +11,7 @@ from qpipe_methods.finetune.lsq import LearnedStep
 from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 
-from qpipe import QParams, QuantSpec, RecipeError, Role, Slot, Task
+from qpipe import QParams, QuantSpec, Role, Slot, Task
 from qpipe.pipeline import quantize
 from qpipe.training import fake_quants
 
@@ -117,12 +117,3 @@ def test_negative_strength_is_refused() -> None:
         EWGS(delta=-1)
     with pytest.raises(ValueError, match="less than one epoch"):
         EWGS(every=0)
-
-
-def test_a_models_own_training_step_has_no_hessian_to_measure() -> None:
-    class Own(LightningModule):
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
-            return None
-
-    with pytest.raises(RecipeError, match=r"give finetune\.ewgs\.delta"):
-        EWGS().fit(Own(), None, None, None, None, None)  # type: ignore[arg-type]

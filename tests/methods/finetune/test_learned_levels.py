@@ -6,8 +6,10 @@ from qpipe_methods.calibrator.minmax import MinMaxCalibrator
 from qpipe_methods.finetune.learned_levels import Levels
 from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.quantizer.codebook import CodebookQuantizer
+from qpipe_zoo.task.classification import Classification
 
-from qpipe import QParams, QuantSpec, Role, Slot
+from qpipe import QParams, QuantSpec, RecipeError, Role, Slot
+from qpipe.pipeline import quantize
 from qpipe.statistics import Samples
 
 SPEC = QuantSpec(num_bits=2, role=Role.WEIGHT)
@@ -32,6 +34,17 @@ def test_a_levels_gradient_is_the_sum_over_the_values_assigned_to_it() -> None:
     assert torch.allclose(table.grad, upstream @ one_hot * levels.scale, atol=1e-5)
     assert x.grad is not None
     assert torch.equal(x.grad, upstream)  # straight through
+
+
+def test_levels_that_follow_from_a_scale_are_refused() -> None:
+    with pytest.raises(RecipeError, match="use quantizer=codebook, or finetune=lsq for scales"):
+        quantize(
+            torch.nn.Linear(4, 3),
+            [(torch.randn(4, 4), torch.arange(4) % 3)],
+            task=Classification(),
+            finetune=["learned_levels"],
+            evaluator=[],
+        )
 
 
 def test_the_rounding_error_is_in_the_loss_once() -> None:
