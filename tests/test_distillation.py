@@ -40,6 +40,13 @@ def test_outputs_without_classes_are_compared_by_squares() -> None:
     assert soft_target_loss(torch.tensor([1.0]), torch.tensor([3.0]), 4.0, None).item() == 4
 
 
+def test_features_are_compared_relative_to_the_float_models() -> None:
+    """||(1, 2) - (3, 2)||² / ||(3, 2)||² = 4 / 13 and (1 / 2)²: their mean."""
+    ours = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0]), "only ours": torch.ones(1)}
+    theirs = {"a": torch.tensor([3.0, 2.0]), "b": torch.tensor([2.0])}
+    assert feature_loss(ours, theirs).item() == pytest.approx((4 / 13 + 1 / 4) / 2)
+
+
 def test_loss_mixes_labels_soft_targets_and_features() -> None:
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(2))

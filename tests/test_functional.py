@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from qpipe import QParams, QuantSpec, Range, RecipeError
-from qpipe.functional import affine_qparams, affine_quantize, fake_quantize, round_ste, scale_eps
+from qpipe.functional import (
+    affine_qparams,
+    affine_quantize,
+    fake_quantize,
+    round_codes,
+    round_ste,
+    scale_eps,
+)
 
 
 def ranged(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
@@ -108,3 +115,7 @@ def test_round_ste_passes_the_gradient() -> None:
     assert y.tolist() == [0, 2]
     assert x.grad is not None
     assert x.grad.tolist() == [1, 1]
+
+
+def test_codes_are_rounded_half_to_even() -> None:
+    assert round_codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), "nearest").tolist() == [0, 2, 2, 0]

@@ -86,9 +86,9 @@ class LearnedOffset(LearnedStep):
         return on_blocks(self.slot, x, qparams, training=self.training)
 
     def _with(self, scale: Tensor, offset: Tensor) -> QParams:
-        """Only the offset learns through the zero point: the step has its own gradient."""
+        """Let both learn through the zero point: beyond the range the slope of s at constant β is Q_P."""
         spec = self.slot.spec
-        zero_point = round_ste(-offset / scale.detach()).clamp(spec.quant_min, spec.quant_max)
+        zero_point = round_ste(-offset / scale).clamp(spec.quant_min, spec.quant_max)
         return QParams(scale, zero_point)
 
 

@@ -68,6 +68,16 @@ class TestKL(CalibratorContract):
         got = self.calibrator.range(histogram(x), AffineQuantizer(), QuantSpec())
         assert 5 < got.high.item() < 30
 
+    def test_zeros_do_not_move_the_clip(self) -> None:
+        """Zero is exact at any clip: half of a ReLU's outputs are zero, and its positive half decides."""
+        x = laplace_blocks().abs()
+        with_zeros = torch.cat([x, torch.zeros(1, 3 * x.shape[1])], 1)
+        spec = QuantSpec(4, symmetric=False, signed=False)
+        ranges = [
+            self.calibrator.range(histogram(values), AffineQuantizer(), spec) for values in (x, with_zeros)
+        ]
+        assert torch.equal(ranges[0].high, ranges[1].high)
+
     def test_few_bits_clip_more(self) -> None:
         stats = histogram(gaussian_blocks())
         clips = [

@@ -68,6 +68,21 @@ def test_alpha_learns_by_the_slope_of_the_soft_levels() -> None:
     assert not SoftStep(slot, step.qparams(), 0.4).alpha.requires_grad
 
 
+def test_the_step_learns_by_the_slope_of_the_soft_levels() -> None:
+    """Against differences of s φ(x / s) written out for x = 0.65 and 0.7, times 1 / sqrt(N Q_P)."""
+    slot = Slot(UniformQuantizer(), MinMaxCalibrator(), PerLayer(), QuantSpec(num_bits=4, role=Role.WEIGHT))
+    step = SoftStep(slot, QParams(torch.full((1, 1), 0.5), torch.zeros(1, 1)), 0.4)
+    step(torch.tensor([0.65, 0.7])).sum().backward()
+    k = math.log(2 / 0.4 - 1)
+
+    def soft(s: float) -> float:
+        return sum(s * (1.5 + 0.5 * math.tanh(k * (x / s - 1.5)) / 0.6) for x in (0.65, 0.7))
+
+    assert step.scale.grad is not None
+    slope = (soft(0.5 + 1e-6) - soft(0.5 - 1e-6)) / 2e-6
+    assert step.scale.grad.item() == pytest.approx(slope / math.sqrt(2 * 7), rel=1e-4)
+
+
 def test_alpha_stays_between_rounding_and_the_identity() -> None:
     slot = Slot(UniformQuantizer(), MinMaxCalibrator(), PerLayer(), QuantSpec(num_bits=4, role=Role.WEIGHT))
     step = SoftStep(slot, QParams(torch.ones(1, 1), torch.zeros(1, 1)), 0.4, learn=True)

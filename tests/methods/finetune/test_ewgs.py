@@ -52,6 +52,14 @@ def test_the_hessian_of_a_quadratic_loss_is_found_exactly() -> None:
     assert found[1] == 0
 
 
+def test_a_negative_curvature_has_no_strength() -> None:
+    step = ScaledStep(SLOT, START, 0.4)
+    step.take(torch.tensor(-2.0), 1.0)
+    assert step.delta.item() == 0
+    step.take(torch.tensor(0.6), 0.5)
+    assert step.delta.item() == pytest.approx(0.5 * 0.6 * 0.5)  # half of the way, in units of the step
+
+
 def test_hutchinsons_estimate_is_unbiased() -> None:
     """H = [[2, 5], [5, 4]]: a draw gives 6 ± 10, their mean 6."""
     torch.manual_seed(0)

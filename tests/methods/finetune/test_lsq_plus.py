@@ -38,6 +38,15 @@ def test_the_steps_gradient_is_lsqs_shifted_by_the_offset() -> None:
     assert step.scale.grad.item() == pytest.approx(0.3 / math.sqrt(3), abs=1e-6)
 
 
+@pytest.mark.parametrize(("x", "bound"), [(5.0, 3.0), (-3.0, 0.0)])
+def test_the_steps_gradient_beyond_the_range_is_the_bound(x: float, bound: float) -> None:
+    """Eq. 5: s clip((x - β) / s, n, p) + β has the slope p above and n below, β held."""
+    step = learner(0.5, 1.0)
+    step(torch.tensor([[x]])).sum().backward()
+    assert step.scale.grad is not None
+    assert step.scale.grad.item() == pytest.approx(bound / math.sqrt(3), abs=1e-6)
+
+
 def test_the_zero_point_is_an_integer_at_any_time() -> None:
     step = learner(0.5, 1.0)
     step.offset.data.fill_(-0.8)

@@ -40,6 +40,30 @@ def test_the_schedule_is_cubic() -> None:
     assert [late.share(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([0.5, 0.85, 0.9, 0.9])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [({"sparsity": 0.5, "until": 1.0}, [[1, 0, 1, 0]]), ({"n": 1, "m": 2}, [[1, 0, 1, 0]])],
+)
+def test_the_largest_magnitudes_stay_whatever_their_sign(
+    arguments: dict[str, Any], kept: list[list[int]]
+) -> None:
+    assert Prune(**arguments).mask(torch.tensor([[-4.0, 1.0, -3.0, 0.5]]), 1.0).tolist() == kept
+
+
+def test_masks_follow_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three epochs of four steps, new masks at every second, the last at the end."""
+    seen: list[float] = []
+    original = Prune.mask
+
+    def noted(self: Prune, weight: torch.Tensor, progress: float) -> torch.Tensor:
+        seen.append(progress)
+        return original(self, weight, progress)
+
+    monkeypatch.setattr(Prune, "mask", noted)
+    train({"num_bits": 4}, every=2)
+    assert seen[::2] == pytest.approx([0, 2 / 12, 4 / 12, 6 / 12, 8 / 12, 10 / 12, 1])  # of two layers
+
+
 def test_masked_weights_keep_learning_and_decay() -> None:
     """SR-STE: a step of SGD on (m w - 1)² is w - lr (2 (m w - 1) + λ (1 - m) w)."""
     w, m = torch.tensor([[3.0, -0.5]], requires_grad=True), torch.tensor([[1.0, 0.0]])

@@ -45,6 +45,15 @@ def test_the_moving_average_has_its_closed_form() -> None:
     assert torch.equal(learner.high, before)
 
 
+def test_a_moving_range_starts_where_calibration_ended() -> None:
+    """Codes -64 to 191 of 0.1 about zero, before any batch and after none that counts."""
+    start = QParams(torch.full((1, 1), 0.1), torch.full((1, 1), 64.0))
+    learner = MovingRange(Slot(UniformQuantizer(), MinMaxCalibrator(), PerLayer(), SPEC), start, 0.0).train()
+    learner(torch.tensor([-99.0, 99.0]))
+    assert learner.qparams().scale.item() == pytest.approx(0.1)
+    assert learner.qparams().zero_point.item() == 64
+
+
 def test_moving_weights_are_ranged_by_themselves() -> None:
     learner: Any = QAT(ranges="moving").learner(fake_quant(Role.WEIGHT))
     x = torch.tensor([-1.0, 0.3, 1.55], requires_grad=True)

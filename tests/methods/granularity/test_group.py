@@ -18,7 +18,7 @@ class TestGroup(GranularityContract):
     def test_groups_must_divide_the_channels(self) -> None:
         message = "granularity 'group': num_groups 4 does not divide 6, the output channels of 'stem.conv'"
         with pytest.raises(RecipeError, match=message):
-            self.granularity.check(torch.Size([6, 3]), "stem.conv")
+            self.granularity.check(torch.Size([6, 4]), "stem.conv")
 
     def test_describes_its_groups(self) -> None:
         assert self.granularity.describe(torch.Size([64, 3])) == "4 groups of 16 channels"

@@ -12,6 +12,11 @@ class TestToken(GranularityContract):
     granularity = PerToken()
     shapes = ((8, 6), (2, 7, 16), (2, 3, 4, 5))
 
+    def test_a_block_is_the_features_of_one_token(self) -> None:
+        x = torch.randn(2, 7, 16)
+        assert torch.equal(self.granularity.to_blocks(x)[9], x[1, 2])
+        assert self.granularity.to_blocks(x).shape == (14, 16)
+
     def test_scaling_a_row_scales_its_output_row_exactly(self) -> None:
         """METHODS.md A: per-token scales commute with the matmul."""
         torch.manual_seed(0)

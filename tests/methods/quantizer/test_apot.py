@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from qpipe_methods.quantizer.apot import APoTQuantizer, apot_levels
 
-from qpipe import QuantSpec, Samples
+from qpipe import QParams, QuantSpec, Samples
 from qpipe.testing import QuantizerContract
 
 
@@ -63,3 +63,12 @@ def test_stochastic_rounding_is_unbiased_between_uneven_levels() -> None:
     value = quantizer.fake_quantize(x, quantizer.fit(Samples(x), None, spec), spec)
     torch.testing.assert_close(value[0, 1:].unique(), torch.tensor([0.6, 0.8]))
     torch.testing.assert_close(value[0, 1:].mean(), torch.tensor(0.75), rtol=0, atol=1e-3)
+
+
+def test_the_gradient_passes_up_to_the_largest_level_and_below_zero_only_where_codes_are_negative() -> None:
+    x = torch.tensor([[-1.2, -0.3, 0.7, 1.2]]).repeat(2, 1).requires_grad_()
+    quantizer = APoTQuantizer()
+    one_sided = QParams(torch.ones(2, 1), torch.tensor([[0.0], [8.0]]))  # no negative code; half of them
+    quantizer.fake_quantize(x, one_sided, QuantSpec(4, symmetric=False, signed=False)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 0, 1, 0], [0, 1, 1, 0]]

@@ -10,6 +10,7 @@ from qpipe_methods.quantizer.codebook import CodebookQuantizer
 from torch import Tensor
 
 from qpipe import Histogram, QuantSpec, RecipeError, Samples
+from qpipe.levels import Points, lloyd_max
 from qpipe.testing import QuantizerContract
 
 
@@ -104,3 +105,13 @@ def test_the_gradient_passes_between_the_outer_levels() -> None:
     quantizer.fake_quantize(x, qparams, spec).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 1, 1, 0]]
+
+
+def test_lloyd_starts_where_panter_and_dite_put_many_levels() -> None:
+    """The density's cube root: of N(0, 1) it is N(0, 3), here as far as the values reach."""
+    x = gaussian().double()
+    starts = lloyd_max(Points(x), 32, max_iterations=0)[0]
+    beyond = torch.special.ndtr(-x.max() / 3**0.5)
+    shares = beyond + (1 - 2 * beyond) * (torch.arange(32).double() + 0.5) / 32
+    expected = 3**0.5 * torch.special.ndtri(shares)
+    torch.testing.assert_close(starts.double(), expected, rtol=0, atol=0.02)

@@ -166,3 +166,9 @@ def test_stochastic_rounding_is_unbiased() -> None:
 def test_bits_that_do_not_add_up_are_refused(quantizer: FloatQuantizer, num_bits: int, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         quantizer.check(QuantSpec(num_bits=num_bits))
+
+
+def test_the_largest_number_lies_at_the_end_of_the_range() -> None:
+    """A float32 scale is amax / 6 for E2M1 and amax / 448 for E4M3: the largest value is kept exactly."""
+    assert scale_of(FloatQuantizer(), [3.0, 12.0]) == [0.5, 2.0]
+    assert scale_of(FloatQuantizer(), [896.0], QuantSpec(num_bits=8)) == [2.0]

@@ -70,3 +70,12 @@ def test_codes_without_a_movable_zero_are_refused() -> None:
         HQQQuantizer().check(QuantSpec(num_bits=4, role=Role.WEIGHT))
     with pytest.raises(ValueError, match="p is above 0"):
         HQQQuantizer(p=0)
+
+
+def test_the_gradient_passes_between_the_outer_levels() -> None:
+    """Levels -1.25 to 5.75 at a zero of 1.25 and a scale of 1."""
+    qparams = QParams(torch.ones(1, 1), torch.zeros(1, 1), {"zero": torch.tensor([[1.25]])})
+    x = torch.tensor([[-1.3, -1.2, 5.7, 5.8]], requires_grad=True)
+    HQQQuantizer().fake_quantize(x, qparams, SPEC).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 1, 1, 0]]

@@ -78,3 +78,12 @@ def test_the_gradient_passes_between_the_outer_levels() -> None:
     quantizer.fake_quantize(x, qparams, spec).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 1, 1, 0]]
+
+
+def test_the_gradient_of_weights_is_never_cut() -> None:
+    """Section 3.3: eq. 11 cuts it for activations, weights are trained straight through."""
+    qparams = LQQuantizer().fit(Samples(torch.tensor([[-3.0, -1.0, 1.0, 3.0]])), None, WEIGHT)
+    x = torch.tensor([[-9.0, 0.4, 9.0]], requires_grad=True)
+    LQQuantizer().fake_quantize(x, qparams, WEIGHT).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1, 1, 1]]

@@ -84,3 +84,11 @@ def test_the_gradient_passes_between_the_outer_levels() -> None:
     quantizer.fake_quantize(x, qparams, spec).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 1, 1, 0]]
+
+
+def test_the_largest_distance_from_the_mean_takes_the_largest_byte() -> None:
+    """Each 256 scales are divided so that the farthest is ±448, E4M3's largest."""
+    x = torch.rand(512, 4, generator=torch.Generator().manual_seed(0))
+    stored = NF4Quantizer(double_quantization=True).fit(Samples(x), None, SPEC).scale
+    largest = stored.view(torch.float8_e4m3fn).float().view(2, 256).abs().amax(1)
+    assert largest.tolist() == [448, 448]

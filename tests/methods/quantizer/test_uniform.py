@@ -4,7 +4,7 @@ import pytest
 import torch
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 
-from qpipe import QParams, QuantSpec, RecipeError, Samples
+from qpipe import QParams, QuantSpec, Range, RecipeError, Samples
 from qpipe.testing import SIGNED, UNSIGNED, QuantizerContract, fit, gaussian_blocks, sample_blocks
 
 
@@ -101,3 +101,10 @@ def test_stochastic_rounding_has_the_gradients_of_lsq() -> None:
     assert scale.grad is not None
     assert x.grad.tolist() == [[1, 0]]
     assert scale.grad.item() == pytest.approx(value[0, 0].item() - 2.25 - 8)
+
+
+def test_levels_cover_the_range_that_is_decided_not_the_one_seen() -> None:
+    stats = Samples(torch.tensor([[-9.0, 9.0]]))
+    qparams = UniformQuantizer().fit(stats, Range(-torch.ones(1, 1), torch.full((1, 1), 3.0)), UNSIGNED)
+    assert qparams.scale.item() == pytest.approx(4 / 255)
+    assert qparams.zero_point.item() == 64

@@ -61,6 +61,14 @@ def test_saliency_is_that_of_the_gradient_by_hand(
     assert torch.allclose(found, score(by_hand()))
 
 
+@pytest.mark.parametrize(("saliency", "score"), [("snip", 0.09), ("taylor", 0.0081)])
+def test_a_weight_that_the_loss_wants_larger_matters_too(saliency: Any, score: float) -> None:  # noqa: ANN401
+    """At w = 0.1, x = 1, t = 1 the gradient is -0.9, and g w is negative."""
+    model, batch = linear([[0.1]]), (torch.ones(1, 1), torch.ones(1, 1))
+    (found,) = Prune(saliency).scores(model, {"": model}, [batch], Squares())
+    assert found.item() == pytest.approx(score)
+
+
 def test_gradients_that_cancel_matter_to_taylor_but_not_to_snip() -> None:
     """At w = 0.1 the gradients by x = ±1 and t = 0.1 ± 1 are ∓1·±1: their sum is 0, their squares add."""
     x = torch.tensor([[1.0, 1.0]])
