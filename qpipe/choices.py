@@ -42,7 +42,9 @@ def build_recipe(config: _Config, registry: PluginRegistry) -> Recipe:
     }
     layers = tuple(_rule(rule, config, registry) for rule in _rules(config.get("layers") or ()))
     recipe = Recipe(weight, activation, target, layers, **several, gate=_gate(config.get("gate")))
-    notices += _not_executed(recipe)
+    if "calibrator" in config.get("explicit", ()):
+        _check_ranges(recipe, config["calibrator"])
+    notices += dict.fromkeys(_not_executed(recipe))
     reached = replace(recipe, layers=(*recipe.layers, *_reached(recipe)))
     exporters = []
     for exporter in recipe.exporters:
@@ -104,7 +106,25 @@ def _slot(config: _Config, role: Role, registry: PluginRegistry, notices: list[s
         )
     parts = {kind: _part(kind, chosen, config, role, registry, notices) for kind in _SLOT_KINDS}
     spec = _spec({k: v for k, v in chosen.items() if k not in _SLOT_KINDS}, role)
-    return _checked(Slot(**parts, spec=spec), role)
+    slot = Slot(**parts, spec=spec)
+    if chosen.get("calibrator") is not None and not slot.quantizer.uses_range:
+        raise RecipeError(_without_range(slot, f"{role.value}.calibrator", slot.calibrator.name))
+    return _checked(slot, role)
+
+
+def _check_ranges(recipe: Recipe, named: str | _Config) -> None:
+    """Refuse a calibrator that the user named and nothing asks for a range."""
+    slots = [slot for _, slot in recipe.every_slot()]
+    if slots and not any(slot.quantizer.uses_range for slot in slots):
+        name = named if isinstance(named, str) else named["name"]
+        raise RecipeError(_without_range(slots[0], "calibrator", name))
+
+
+def _without_range(slot: Slot, word: str, calibrator: str) -> str:
+    return (
+        f"quantizer '{slot.quantizer.name}' fits its levels to all values, so calibrator '{calibrator}' has no "
+        f"range to give it; leave out {word}={calibrator}"
+    )
 
 
 def _part(

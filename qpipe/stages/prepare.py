@@ -175,7 +175,9 @@ class _Plan:
                 raise DataError(
                     f"weight '{weight_name(path, name)}' holds NaN or infinite values; repair the checkpoint"
                 )
-            slot.granularity.check(_channels_first_shape(weight), path or name)
+            shape = _channels_first_shape(weight)
+            slot.granularity.check(shape, path or name)
+            _check_block(slot, shape, weight_name(path, name))
         for edge, slot in self.edges:
             for value in edge.values:
                 slot.granularity.check(value.shape, edge.edge.name)
@@ -200,6 +202,15 @@ class _Plan:
         for path, taps in self.taps.by_owner.items():
             chosen = {key: quantizers[name] for key, name in self.taps.names.get(path, {}).items()}
             add_edge_quantizers(self.model.get_submodule(path), chosen, taps)
+
+
+def _check_block(slot: Slot, shape: torch.Size, name: str) -> None:
+    """Refuse blocks that codes of several values do not fill."""
+    blocks = slot.granularity.to_blocks(torch.empty(shape, device="meta"))
+    try:
+        slot.quantizer.num_codes(blocks.shape[1])
+    except RecipeError as error:
+        raise RecipeError(f"'{name}': {error}") from None
 
 
 def _channels_first_shape(weight: PlacedWeight) -> torch.Size:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qpipe import Distribution, Histogram, Quantizer, QuantSpec, Role, Samples
+from qpipe import Distribution, Histogram, Quantizer, QuantSpec, RecipeError, Role, Samples
+from qpipe.choices import build_recipe, library_config
 from qpipe.registry import PluginRegistry
 from qpipe.testing import observe
 
@@ -38,7 +39,10 @@ def test_every_calibrator_ranges_every_quantizer(name: str, role: Role) -> None:
     if role not in quantizer.roles:
         pytest.skip(f"{name} does not serve {role}s")
     weight = role is Role.WEIGHT
-    spec = QuantSpec(num_bits=4, symmetric=weight, signed=weight, role=role)
+    moving = name == "hqq"  # its zero does, which symmetric codes fix
+    centred = weight and not moving
+    spec = QuantSpec(num_bits=4, symmetric=centred, signed=centred, role=role)
+    quantizer.check(spec)
     errors = {}
     for word in REGISTRY.names("calibrator"):
         calibrator = REGISTRY.create("calibrator", word)
@@ -52,6 +56,35 @@ def test_every_calibrator_ranges_every_quantizer(name: str, role: Role) -> None:
         assert torch.isfinite(errors[word]).all(), word
         assert (errors[word] < outliers().square().mean(1)).all(), word
     assert (errors["mse"] <= errors["minmax"] * 1.001).all()
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTRY.names("quantizer") if n not in QUANTIZERS])
+@pytest.mark.parametrize("word", REGISTRY.names("calibrator"))
+def test_a_range_for_levels_that_have_none_is_refused(name: str, word: str) -> None:
+    """Whether it is named for one slot or for both; one that was not named is not held against them."""
+    bits = {"binary": 1, "ternary": 2}.get(name, 4)
+    slots: dict[str, Any] = {"weight": {"num_bits": bits}, "activation": None}
+    build_recipe(library_config({"quantizer": name, **slots}, exporting=False), REGISTRY)
+    says = f"'{name}' fits its levels to all values, so calibrator '{word}'.* leave out "
+    with pytest.raises(RecipeError, match=f"{says}calibrator={word}"):
+        shared = {"quantizer": name, "calibrator": word, **slots}
+        build_recipe(library_config(shared, exporting=False), REGISTRY)
+    if Role.WEIGHT in REGISTRY.get("calibrator", word).roles:
+        slots["weight"]["calibrator"] = word
+        with pytest.raises(RecipeError, match=f"{says}weight.calibrator={word}"):
+            build_recipe(library_config({"quantizer": name, **slots}, exporting=False), REGISTRY)
+
+
+@pytest.mark.parametrize("word", REGISTRY.names("calibrator"))
+@pytest.mark.parametrize("role", [*Role])
+def test_a_role_that_a_calibrator_does_not_serve_is_refused_where_it_is_named(word: str, role: Role) -> None:
+    config = library_config({role.value: {"calibrator": word}}, exporting=False)
+    cls = REGISTRY.get("calibrator", word)
+    if role in cls.roles:
+        build_recipe(config, REGISTRY)
+        return
+    with pytest.raises(RecipeError, match=f"cannot serve {role.value}s .*: {cls.why_not[role]}; use "):
+        build_recipe(config, REGISTRY)
 
 
 def test_squared_error_finds_the_best_clip_of_uneven_levels() -> None:

@@ -96,7 +96,8 @@ class FloatQuantizer(Quantizer[Statistics]):
             if spec.num_bits != wanted:
                 raise RecipeError(
                     f"a sign, exponent_bits={self.exponent_bits} and mantissa_bits={self.mantissa_bits} "
-                    f"make {wanted} bits, not {spec.num_bits}; set {key}={wanted}"
+                    f"make {wanted} bits, not {spec.num_bits}; set {key}={wanted}, "
+                    f"or another {spec.role.value}.quantizer"
                 )
         if not 3 <= spec.num_bits <= 16:
             raise RecipeError(f"quantizer 'float' has formats of 3 to 16 bits, not {key}={spec.num_bits}")

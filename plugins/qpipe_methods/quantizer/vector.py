@@ -73,7 +73,12 @@ class VectorQuantizer(Quantizer[Samples]):
         return qparams.extra["codebook"].gather(1, index).flatten(1)
 
     def num_codes(self, num_values: int) -> int:
-        """One for `dim` values."""
+        """One for `dim` values; RecipeError where they do not split."""
+        if num_values % self.dim:
+            raise RecipeError(
+                f"a block of {num_values} weights does not split into vectors of {self.dim}; "
+                "use another quantizer.dim or granularity=layer, or leave the layer out by layers=[...]"
+            )
         return num_values // self.dim
 
     def code_min(self, spec: QuantSpec) -> int:
@@ -82,12 +87,7 @@ class VectorQuantizer(Quantizer[Samples]):
 
     def _vectors(self, blocks: Tensor) -> Tensor:
         """Return blocks [B, N] as vectors [B, N / dim, dim]."""
-        if blocks.shape[1] % self.dim:
-            raise RecipeError(
-                f"a block of {blocks.shape[1]} weights does not split into vectors of {self.dim}; "
-                "use another quantizer.dim or granularity=layer, or leave the layer out by layers=[...]"
-            )
-        return blocks.reshape(len(blocks), -1, self.dim)
+        return blocks.reshape(len(blocks), self.num_codes(blocks.shape[1]), self.dim)
 
 
 def k_means(vectors: Tensor, k: int, max_iterations: int, seed: int = 0) -> Tensor:

@@ -110,8 +110,11 @@ def test_the_gradient_passes_between_the_outer_levels() -> None:
 def test_lloyd_starts_where_panter_and_dite_put_many_levels() -> None:
     """The density's cube root: of N(0, 1) it is N(0, 3), here as far as the values reach."""
     x = gaussian().double()
-    starts = lloyd_max(Points(x), 32, max_iterations=0)[0]
+    grid = torch.linspace(-x.max().item(), x.max().item(), x.shape[1]).double().unsqueeze(0)
+    counts = torch.exp(-grid.square() / 2)  # the same density, even values seen unevenly often
+    starts, counted = (lloyd_max(points, 32, 0)[0] for points in (Points(x), Points(grid, counts)))
     beyond = torch.special.ndtr(-x.max() / 3**0.5)
     shares = beyond + (1 - 2 * beyond) * (torch.arange(32).double() + 0.5) / 32
     expected = 3**0.5 * torch.special.ndtri(shares)
+    torch.testing.assert_close(counted.double(), expected, rtol=0, atol=0.02)
     torch.testing.assert_close(starts.double(), expected, rtol=0, atol=0.02)
