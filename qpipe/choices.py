@@ -122,8 +122,8 @@ def _check_ranges(recipe: Recipe, named: str | _Config) -> None:
 
 def _without_range(slot: Slot, word: str, calibrator: str) -> str:
     return (
-        f"quantizer '{slot.quantizer.name}' fits its levels to all values, so calibrator '{calibrator}' has no "
-        f"range to give it; leave out {word}={calibrator}"
+        f"quantizer '{slot.quantizer.name}' fits its levels to all values, so calibrator '{calibrator}' has "
+        f"no range to give it; leave out {word}={calibrator}"
     )
 
 

@@ -66,8 +66,8 @@ def test_a_range_for_levels_that_have_none_is_refused(name: str, word: str) -> N
     slots: dict[str, Any] = {"weight": {"num_bits": bits}, "activation": None}
     build_recipe(library_config({"quantizer": name, **slots}, exporting=False), REGISTRY)
     says = f"'{name}' fits its levels to all values, so calibrator '{word}'.* leave out "
+    shared = {"quantizer": name, "calibrator": word, **slots}
     with pytest.raises(RecipeError, match=f"{says}calibrator={word}"):
-        shared = {"quantizer": name, "calibrator": word, **slots}
         build_recipe(library_config(shared, exporting=False), REGISTRY)
     if Role.WEIGHT in REGISTRY.get("calibrator", word).roles:
         slots["weight"]["calibrator"] = word
