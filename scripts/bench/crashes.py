@@ -78,37 +78,41 @@ def left() -> list[str]:
 
 
 def kill(rounds: int, seed: int) -> int:
-    """Kill one sweep each round, repeat the command, look."""
+    """Kill one sweep each round, repeat the command, look; a sweep that ended before its moment is no round."""
     moments = random.Random(seed)
-    duration, bad = 0.0, 0
-    for number in range(-1, rounds):
+    duration = min(undisturbed() for _ in range(3))
+    number = bad = late = 0
+    while number < rounds and late < rounds:
         with fresh_folder():
             pid = start([*SWEEP, *JOB])
-            if number < 0:  # how long it takes undisturbed, in CPU time: the same on a busy machine
-                _, status, used = os.wait4(pid, 0)
-                duration = used.ru_utime + used.ru_stime
-                wrong = left()
-                code = os.waitstatus_to_exitcode(status)
-                print(
-                    f"undisturbed: exit code {code}, {duration:.1f} s; wrong: {wrong or 'nothing'}",
-                    flush=True,
-                )
-                continue
             moment = moments.uniform(0, duration)
             while cpu_seconds(pid) < moment:
                 time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
             died = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if died != -signal.SIGKILL:
+                late += 1
+                continue
             done = len([*Path("runs").glob("*/*/report.json")])
             code = os.waitstatus_to_exitcode(os.waitpid(start([*SWEEP, *JOB]), 0)[1])
             wrong = left() if code == 0 else [f"exit code {code}", Path("log.txt").read_text()[-2000:]]
             bad += bool(wrong)
             print(
-                f"{number}: killed ({died}) after {moment:.1f} s, {done} done; wrong: {wrong or 'nothing'}",
-                flush=True,
+                f"{number}: killed after {moment:.1f} s, {done} done; wrong: {wrong or 'nothing'}", flush=True
             )
-    print(f"{rounds - bad} of {rounds} are whole")
-    return bad
+            number += 1
+    print(f"{number - bad} of {number} killed sweeps are whole; {late} more ended before their moment")
+    return bad + (number < rounds)
+
+
+def undisturbed() -> float:
+    """Return what a whole sweep takes, in CPU time: the same on a busy machine."""
+    with fresh_folder():
+        _, status, used = os.wait4(start([*SWEEP, *JOB]), 0)
+        code, wrong = os.waitstatus_to_exitcode(status), left()
+        duration = used.ru_utime + used.ru_stime
+        print(f"undisturbed: exit code {code}, {duration:.1f} s; wrong: {wrong or 'nothing'}", flush=True)
+        return duration
 
 
 def cpu_seconds(pid: int) -> float:
