@@ -78,7 +78,7 @@ def left() -> list[str]:
 
 
 def kill(rounds: int, seed: int) -> int:
-    """Kill one sweep each round, repeat the command, look; a sweep that ended before its moment is no round."""
+    """Kill one sweep each round, repeat the command, look; one that ended before its moment is no round."""
     moments = random.Random(seed)
     duration = min(undisturbed() for _ in range(3))
     number = bad = late = 0
