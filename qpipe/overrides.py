@@ -130,6 +130,8 @@ def _text(override: Override) -> str:
 
 def _check_option(override: Override, groups: _Groups) -> None:
     group, value = override.key_or_group, override.value()
+    if group.startswith(("hydra/launcher", "hydra.launcher")):
+        raise RecipeError(f"'{override.input_line}' says how the jobs of a sweep are carried out; add -m")
     if override.is_hydra_override():
         raise RecipeError(
             f"'{override.input_line}' has no effect: qpipe alone decides where a run goes; use out="

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from qpipe.jobs import (
     run_folder,
     run_job,
 )
-from qpipe.launchers import Launch, build_launcher
+from qpipe.launchers import Launch, Lost, build_launcher
 from qpipe.page.sweep import write_sweep_page
 from qpipe.record import strict, write_aside
 from qpipe.stages.calibrate import needed
@@ -189,7 +189,10 @@ def _run(
     ]
     try:
         sweep.write()
-        for row in launch_all(carry_out, work):
+        for done, row in enumerate(launch_all(carry_out, work, sweep.folder), 1):
+            row = _failed(row) if isinstance(row, Lost) else row
+            if row is not sweep.rows[row.index]:  # of another process, which prints elsewhere
+                console.notice(f"{done} of {len(work)} done: {row.varied} {row.status}")
             sweep.rows[row.index] = row
             sweep.write()
             if row.status in ("failed", "missed") and configs[0]["fail_fast"]:
@@ -244,6 +247,10 @@ def carry_out(work: Work) -> Row:
     console.notice(f"job {work.row.index + 1} of {work.count}: {work.row.varied}")
     _attempt(work.row, work.config, registry, work.parent, session)
     return work.row
+
+
+def _failed(lost: Lost[Work]) -> Row:
+    return replace(lost.task.row, status="failed", reason=lost.reason)
 
 
 @cache

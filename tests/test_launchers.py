@@ -26,7 +26,7 @@ def test_words_of_the_launcher_are_taken_out() -> None:
 
 def test_by_default_jobs_run_one_after_the_other_when_asked_for() -> None:
     started: list[int] = []
-    results = build_launcher([])(lambda task: started.append(task) or task, [1, 2, 3])
+    results = build_launcher([])(lambda task: started.append(task) or task, [1, 2, 3], Path())
     assert next(results) == 1
     assert started == [1]
 
@@ -60,7 +60,7 @@ def test_what_is_not_installed_names_its_extra(
 
 def test_a_single_run_has_no_launcher(toyrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert toyrun("hydra/launcher=joblib") == 2
-    assert "has no effect" in capsys.readouterr().err
+    assert "add -m" in capsys.readouterr().err
 
 
 @pytest.mark.slow
