@@ -142,6 +142,7 @@ def test_slurm_repeats_what_is_stopped_and_the_command_what_is_cancelled(
     sweep: Sweep, tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
+    from qpipe_mlflow._store import quiet
 
     words = ("weight.num_bits=8,4,3",)
     (tmp_path / "wait").touch()
@@ -159,9 +160,10 @@ def test_slurm_repeats_what_is_stopped_and_the_command_what_is_cancelled(
     said, _ = repeated.communicate(timeout=600)
     assert repeated.returncode == 0, said
     assert sorted(row["reused"] for row in rows(tmp_path)) == [False, True, True]
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("qpipe")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    with quiet():
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("qpipe")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
     children = Counter(run.info.status for run in runs if "mlflow.parentRunId" in run.data.tags)
     assert children == {"FINISHED": 3, "KILLED": 2}
