@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qpipe.cache import Entry, Shelf
+from qpipe.calls import batch_size, some_samples
 from qpipe.ops import is_in_place, op_name, seen_through
 
+_FEW = 2  # samples that show what a model does
 Path = tuple[Any, ...]
 
 
@@ -118,6 +121,28 @@ def record(
         if tensor in recorder.values:
             recorder.values[tensor].is_output = True
     return Recording(recorder.calls, recorder.invocations, recorder.inputs, output)
+
+
+def short_call(model: nn.Module, call: tuple[Any, Any], shelf: Shelf) -> tuple[Any, Any]:
+    """Cut a call, (args, kwargs), to two samples if the model does the same with them as with all.
+
+    Args:
+        shelf: keeps the answer; without a store nothing is cut, as trying costs more than it saves once.
+    """
+    if not shelf.store or batch_size(call) <= 2 * _FEW:
+        return call
+    short = some_samples(call, _FEW)
+    if (entry := shelf.get("call")) is None:
+        entry = Entry(data=_steps(model, short) == _steps(model, call))
+        shelf.put("call", entry)
+    return short if entry.data else call
+
+
+def _steps(model: nn.Module, call: tuple[Any, Any]) -> list[tuple[str, str]] | None:
+    try:
+        return [(made.invocation.path, made.op) for made in record(model, *call).calls]
+    except Exception:  # whatever a stranger's model raises at a size it was not made for
+        return None
 
 
 def run_undisturbed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401

@@ -71,7 +71,7 @@ def run(
         for transform in recipe.transforms:
             transform.apply(simulation, calibration, task, shelves.after(transform))
         facts = shelves.true_of(simulation, "statistics")
-        preparation = prepare(simulation, calibration, task, recipe)
+        preparation = prepare(simulation, calibration, task, recipe, facts)
         _check_prepared(simulation, recipe)
         with isolate_rng():  # what follows draws the same numbers whether a pass was needed or not
             notices = calibrate(simulation, calibration, task, trainer, facts, also)

@@ -80,8 +80,9 @@ def calibrate_activations(
     seen = observe(model, edges, batches, task, trainer, shelf, also)
     for edge, stats in seen.items():
         check_finite(edge.name, stats)
+    ranges = (shelf or Shelf()).of("ranges")
     for slot, group in by_slot(list(seen)):
-        fit_together(slot, group, [seen[edge] for edge in group])
+        fit_together(slot, group, [seen[edge] for edge in group], ranges)
     missed = [edge for edge in edges if edge not in seen]
     for edge in missed:
         edge.enabled = False
@@ -248,9 +249,19 @@ def by_slot(edges: Sequence[FakeQuant]) -> Iterator[tuple[Slot, list[FakeQuant]]
     yield from groups.items()
 
 
-def fit_together(slot: Slot, edges: Sequence[FakeQuant], seen: Sequence[Any]) -> None:
-    """Fit all edges at once: their blocks are stacked, the parameters split again."""
-    qparams = fit(type(seen[0]).stack(seen), slot)
+def fit_together(slot: Slot, edges: Sequence[FakeQuant], seen: Sequence[Any], shelf: Shelf) -> None:
+    """Fit all edges at once: their blocks are stacked, the parameters split again.
+
+    Args:
+        shelf: of what was fitted to these statistics before.
+    """
+    name = [slot, [_label(edge, needed(slot)) for edge in edges]]
+    if (entry := shelf.get(name)) is None:
+        fitted = fit(type(seen[0]).stack(seen), slot)
+        entry = Entry({"scale": fitted.scale, "zero_point": fitted.zero_point, **fitted.extra})
+        shelf.put(name, entry)
+    extra = {key: value for key, value in entry.tensors.items() if key not in ("scale", "zero_point")}
+    qparams = QParams(entry.tensors["scale"], entry.tensors["zero_point"], extra)
     sizes = [stats.extremes().low.shape[0] for stats in seen]
     columns = {name: torch.split(value, sizes) for name, value in qparams.extra.items()}
     scales, zero_points = torch.split(qparams.scale, sizes), torch.split(qparams.zero_point, sizes)

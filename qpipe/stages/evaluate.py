@@ -69,12 +69,15 @@ def evaluate(
         "simulated": (simulation, None),
         **{a.exporter: (a.module, a) for a in artifacts if a.module is not None},
     }
+    baseline = shelf or Shelf()
     outputs = ReferenceOutputs(reference.model, task)
+    if (entry := baseline.get(["outputs"])) is not None:
+        outputs.load(entry)
     figures: Figures = {}
     tables: dict[str, Any] = {}
     samples: dict[str, Tensor] = {}
     for variant, (model, artifact) in variants.items():
-        known = shelf or Shelf() if variant == "fp32" else Shelf()
+        known = baseline if variant == "fp32" else Shelf()
         kept = PerSample(recipe, task)
         figures[variant] = score(
             variant, model, reference, outputs, batches, task, recipe, trainer, known, kept
@@ -84,6 +87,8 @@ def evaluate(
         measured, rows = measure(subject, trainer.strategy.root_device, known)
         figures[variant] |= measured
         tables |= rows
+    if entry is None and (entry := outputs.entry()) is not None:
+        baseline.put(["outputs"], entry)
     return figures, tables, samples
 
 
@@ -109,29 +114,29 @@ class ReferenceOutputs:
         if index in self.outputs:
             return move_data_to_device(self.outputs[index], device) if device else self.outputs[index]
         args, kwargs = self.task.inputs(batch)
-        return self.model.to(device)(*args, **kwargs)
+        output = self.model.to(device)(*args, **kwargs)
+        self.remember(index, output)
+        return output
 
-    def entry(self, data: Any) -> Entry:  # noqa: ANN401
-        """Return data with the outputs, if they are tensors in plain containers and not too many."""
+    def entry(self) -> Entry | None:
+        """Return the outputs, if they are tensors in plain containers, all there and not too many."""
         leaves, spec = pytree.tree_flatten([self.outputs[index] for index in sorted(self.outputs)])
         complete = [*sorted(self.outputs)] == [*range(len(self.outputs))]
-        if not complete or not all(isinstance(leaf, Tensor) for leaf in leaves) or self.room < _LEAST_ROOM:
-            return Entry(data=[data, None])
+        if not leaves or not complete or self.room < _LEAST_ROOM:
+            return None
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
         try:
             text = pytree.treespec_dumps(spec)
         except NotImplementedError:  # a container nobody can name
-            return Entry(data=[data, None])
-        return Entry({str(i): leaf for i, leaf in enumerate(leaves)}, [data, text])
+            return None
+        return Entry({str(i): leaf for i, leaf in enumerate(leaves)}, text)
 
-    def load(self, entry: Entry) -> Any:  # noqa: ANN401
-        """Remember an entry's outputs, and return its data."""
-        data, text = entry.data
-        if text is not None:
-            leaves = [entry.tensors[str(i)] for i in range(len(entry.tensors))]
-            outputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(text))
-            for index, output in enumerate(outputs):
-                self.remember(index, output)
-        return data
+    def load(self, entry: Entry) -> None:
+        """Remember an entry's outputs."""
+        leaves = [entry.tensors[str(i)] for i in range(len(entry.tensors))]
+        for index, output in enumerate(pytree.tree_unflatten(leaves, pytree.treespec_loads(entry.data))):
+            self.remember(index, output)
 
 
 def score(
@@ -154,7 +159,7 @@ def score(
     """
     shelf = shelf or Shelf()
     if (entry := shelf.get(["pass", recipe.evaluators])) is not None:
-        figures: dict[str, float] = outputs.load(entry)
+        figures: dict[str, float] = entry.data
         return figures
     metrics: dict[str, Metric] = {}
     for evaluator in recipe.evaluators:
@@ -179,7 +184,7 @@ def score(
         forward_pass(model, batches, task, trainer, title, each)
     figures = own | {name: float(metric.compute()) for name, metric in metrics.items()}
     if shelf.store:
-        shelf.put(["pass", recipe.evaluators], outputs.entry(figures))
+        shelf.put(["pass", recipe.evaluators], Entry(data=figures))
     return figures
 
 

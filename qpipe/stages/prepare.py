@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qpipe.cache import Shelf
 from qpipe.errors import DataError, QpipeError, RecipeError
-from qpipe.graph import Recording, record, run_undisturbed, tensors
+from qpipe.graph import Recording, record, run_undisturbed, short_call, tensors
 from qpipe.nn import (
     FakeQuant,
     add_edge_quantizers,
@@ -74,15 +75,20 @@ def place(model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> Pre
     return _Plan(model, record(model, args, kwargs), recipe).preparation()
 
 
-def prepare(model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> Preparation:
+def prepare(
+    model: nn.Module, batches: Batches, task: Task, recipe: Recipe, shelf: Shelf | None = None
+) -> Preparation:
     """Put quantizers into model at its weights and edges; state-dict keys and the float function stay.
+
+    Args:
+        shelf: of what is true of this model and these batches.
 
     Raises:
         RecipeError: a layer pattern matches nothing, or a granularity does not fit a tensor.
         DataError: there is no batch, or a weight holds NaN or infinity.
         QpipeError: the model computes something else in training mode, or once it is prepared.
     """
-    args, kwargs = _first_inputs(batches, task)
+    args, kwargs = short_call(model, _first_inputs(batches, task), (shelf or Shelf()).of("graph"))
     recording = _record_out_of_place(model, args, kwargs)
     plan = _Plan(model, recording, recipe)
     if recipe.finetune:
