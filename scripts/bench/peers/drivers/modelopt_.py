@@ -16,6 +16,7 @@ REQUIRES = [
     "tqdm",
     "scipy",
     "requests",
+    "huggingface_hub",
 ]
 
 
