@@ -258,11 +258,13 @@ ARMS: dict[str, dict[str, Any]] = {  # qpipe's; beside them 'control' and 'yards
     },
 }
 A8 = {"activation": {"num_bits": 8}}  # weights alone have the bits of the row
+NOISE = {"name": "quant_noise", "rate": 0.5, "batch_norm": "reestimate"}
 MOVING = {"name": "qat", "ranges": "moving"}
 WEIGHTS: dict[str, dict[str, Any]] = {
     "lsq_a8": {**A8, "finetune": ["lsq"]},
     "qat_a8": {**A8, "calibrator": "mse", "finetune": ["qat"]},
     "quant_noise_a8": {**A8, "calibrator": "mse", "finetune": [{"name": "quant_noise", "rate": 0.5}]},
+    "quant_noise_bn_a8": {**A8, "calibrator": "mse", "finetune": [NOISE]},
     "codebook_a8": {**A8, "weight": {"quantizer": "codebook"}},
     "codebook_qat_a8": {**A8, "weight": {"quantizer": "codebook"}, "finetune": [MOVING]},
     "learned_levels_a8": {**A8, "weight": {"quantizer": "codebook"}, "finetune": ["learned_levels"]},
