@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qpipe.stages.data import calibration_batches, evaluation_batches
     from qpipe.stages.evaluate import ReferenceOutputs, score
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
+    from qpipe.tables import TabledWeight
     from qpipe.task import Task
     from qpipe.training import Learner, TrainingStrategy
     from qpipe.types import Artifact, Edge, QParams, QuantSpec, Range, Report, Role, Target
@@ -53,6 +54,7 @@ _HOME = {
     "stages.data": ["calibration_batches", "evaluation_batches"],
     "stages.evaluate": ["ReferenceOutputs", "score"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],
+    "tables": ["TabledWeight"],
     "task": ["Task"],
     "training": ["Learner", "TrainingStrategy"],
     "types": ["Artifact", "Edge", "QParams", "QuantSpec", "Range", "Report", "Role", "Target"],

@@ -271,7 +271,12 @@ def _not_executed(recipe: Recipe) -> Iterator[str]:
         if slot.spec.dynamic and not target.dynamic:
             yield f"target '{target.name}' has no dynamic ranges: {role.value} figures are simulated"
         if not slot.quantizer.is_affine(slot.spec):
-            yield f"no engine of target '{target.name}' executes quantizer '{slot.quantizer.name}': simulated"
+            what = f"computes on codes of quantizer '{slot.quantizer.name}'"
+            instead = "files store such weights packed and compute in floating point"
+            yield (
+                f"no engine of target '{target.name}' {what}: "
+                f"{instead if role is Role.WEIGHT else 'simulated'}"
+            )
         described = slot.describe()
         if role is Role.WEIGHT and recipe.activation is None:
             continue  # nothing is multiplied by codes of activations: any that can be stored are executed

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from qpipe import nn as qnn
 from qpipe.errors import RecipeError
 from qpipe.kinds.granularity import Granularity
+from qpipe.recipe import Slot
 from qpipe.sharing import shared_copy
-from qpipe.types import QParams, QuantSpec
+from qpipe.tables import TabledWeight, reason_no_table
+from qpipe.types import QParams, QuantSpec, Role
 
 
-def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
+def convert(model: nn.Module, dynamic: bool = False, tables: bool = False) -> nn.Module:
     """Return a copy of a prepared, calibrated model that computes with integer codes.
 
     Weights become integer buffers behind `quantized_decomposed.dequantize_*`, their float parameters are
@@ -24,6 +26,7 @@ def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
 
     Args:
         dynamic: let a DynamicActivation stand where ranges are taken from each tensor; else they are refused.
+        tables: let a TabledWeight stand where levels are not scale * (code - zero_point); else refused.
 
     Raises:
         RecipeError: codes are not scale * (code - zero_point), or a range is dynamic.
@@ -33,10 +36,7 @@ def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
     model = shared_copy(model).eval()
     weights = [weight for weight in qnn.weight_quantizers(model) if weight.fake_quant.enabled]
     centred = any(edge.enabled for edge in qnn.edge_quantizers(model))
-    stand_ins: dict[int, nn.Module] = {
-        id(weight.fake_quant): CodedWeight(weight.fake_quant, weight.blocks_input(), centred)
-        for weight in weights
-    }
+    stand_ins = {id(weight.fake_quant): _weight(weight, tables, centred) for weight in weights}
     for weight in weights:
         weight.module._parameters[weight.parameter_name] = None
     for parent in [*model.modules()]:
@@ -44,6 +44,13 @@ def convert(model: nn.Module, dynamic: bool = False) -> nn.Module:
             if isinstance(child, qnn.FakeQuant) and child.enabled:
                 setattr(parent, name, stand_ins.get(id(child)) or _activation(child, dynamic))
     return model
+
+
+def _weight(weight: qnn.QuantizedWeight, tables: bool, centred: bool) -> nn.Module:
+    slot = weight.fake_quant.slot
+    if tables and not slot.quantizer.is_affine(slot.spec):
+        return TabledWeight(weight.fake_quant, weight.blocks_input())
+    return CodedWeight(weight.fake_quant, weight.blocks_input(), centred)
 
 
 def _activation(fake_quant: qnn.FakeQuant, dynamic: bool) -> nn.Module:
@@ -145,6 +152,26 @@ class DynamicActivation(nn.Module):
         """Round x to its levels."""
         rounded: Tensor = self.fake_quant(x)
         return rounded
+
+
+def reason_not_affine(role: Role, slot: Slot, tables: bool = False) -> str | None:
+    """Say in one sentence why no integer engine takes these levels and what to do, or None.
+
+    Args:
+        tables: of convert.
+    """
+    if slot.quantizer.is_affine(slot.spec):
+        return None
+    if tables and role is Role.WEIGHT:
+        return reason_no_table(slot)
+    instead = {
+        Role.WEIGHT: ", or exporter=onnx, which stores such weights packed and computes in float32",
+        Role.ACTIVATION: ", or activation=null to quantize weights alone",
+    }
+    return (
+        f"the levels of quantizer '{slot.quantizer.name}' ({role.value}s) are not "
+        f"scale * (code - zero_point); use {role.value}.quantizer=uniform{instead[role]}"
+    )
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:

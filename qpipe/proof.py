@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from qpipe.calls import Call, batch_size, moved
 from qpipe.conversion import CodedActivation, CodedWeight, DynamicActivation
 from qpipe.errors import ProofError
+from qpipe.tables import TabledWeight
 
 if TYPE_CHECKING:
     from qpipe.kinds.exporter import ExportContext
@@ -177,9 +178,10 @@ def forced_layers(converted: nn.Module, layers: LayerCalls, result: StepByStep) 
     """Let layers be compared, each given the input that was executed, and answer with what was executed.
 
     Args:
-        layers: by the name of the CodedWeight the layer reads.
+        layers: by the name of the CodedWeight or TabledWeight the layer reads.
     """
-    names = {m: name for name, m in converted.named_modules() if isinstance(m, CodedWeight)}
+    stored_weight = (CodedWeight, TabledWeight)
+    names = {m: name for name, m in converted.named_modules() if isinstance(m, stored_weight)}
     executed = {name: iter(calls) for name, calls in layers.items()}
     with ExitStack() as stack:
         for path, module in converted.named_modules():

@@ -61,17 +61,18 @@ class _Executed:
 def _executed(path: Path, call: Call) -> _Executed:
     import onnx_ir as ir
 
-    from qpipe_onnx import _weights
+    from qpipe_onnx import _tables, _weights
 
     model = ir.load(path)
     outputs, asked = [*model.graph.outputs], dict.fromkeys(model.graph.outputs)
     turns: dict[int, ir.Value] = {}
     layers: list[tuple[str, ir.Value, ir.Value]] = []
+    tables = _tables.decoded(model.graph)
     for node in model.graph:
         match = _QUANTIZED.fullmatch(str(node.outputs[0].name))
         if node.op_type == "QuantizeLinear" and match:
             turns[int(match.group(1) or 0)] = node.outputs[0]
-        layers += [found] if (found := _weights.layer(node)) is not None else []
+        layers += [found] if (found := _weights.layer(node, tables)) is not None else []
         asked |= {v: None for v in node.outputs if _DYNAMIC.fullmatch(str(v.name))}
     asked |= dict.fromkeys([*turns.values(), *(value for _, *ends in layers for value in ends)])
     model.graph.outputs[:] = [value for value in asked if not value.is_graph_input()]

@@ -32,10 +32,10 @@ def trace(model: nn.Module, call: Call, opset: int) -> onnx_ir.Model:
     Raises:
         RecipeError: the model's forward fixes the batch size, or an operation has no ONNX form.
     """
-    from qpipe_onnx import _dynamic
+    from qpipe_onnx import _dynamic, _tables
 
     call = two_samples(call)
-    with torch.no_grad(), _quiet(), _dynamic.placed(model) as translations:
+    with torch.no_grad(), _quiet(), _dynamic.placed(model) as translations, _tables.placed(model):
         try:
             exported = torch.export.export(model, *call, dynamic_shapes=dynamic_batch(call), strict=False)
             program = torch.onnx.export(
@@ -65,9 +65,10 @@ def write(graph: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Call
     """
     import onnx_ir
 
-    from qpipe_onnx import _graph, _weights
+    from qpipe_onnx import _graph, _tables, _weights
 
     _graph.tidy(graph)
+    _tables.expand(graph)
     before = onnx_ir.to_proto(graph)
     _graph.fuse(graph)
     _weights.store(graph)

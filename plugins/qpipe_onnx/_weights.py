@@ -7,6 +7,7 @@ all. Rows are looked up as codes only by an operation of its own (GatherBlockQua
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,19 +106,24 @@ def _is_rounded(value: ir.Value | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def layer(node: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:
+def layer(node: ir.Node, tables: Mapping[ir.Value, str]) -> tuple[str, ir.Value, ir.Value] | None:
     """Return the weight, the input and the output of a node that reads a weight in floating point.
 
     The weight is named like the module that holds its codes; a bias added behind belongs to the output.
+
+    Args:
+        tables: the values that codes are decoded to, with the name of those codes.
     """
+    x, read = [*node.inputs, None, None][:2]
+    if node.op_type in ("Gather", "GatherBlockQuantized"):
+        x, read = read, x
+    weight = _read_in_float(node)
     if node.op_type == "GatherBlockQuantized":
-        stem, x = name_of(node.inputs[0]), node.inputs[1]
+        stem = name_of(read)
     else:
-        weight = _read_in_float(node)
-        stem = weight.name if weight is not None else ""
-        x = node.inputs[1 if node.op_type == "Gather" else 0] if weight is not None else None
+        stem = weight.name if weight is not None else tables.get(read, "") if read is not None else ""
     name, is_codes, _ = stem.partition(".codes")
-    if not is_codes or x is None or x.is_initializer():
+    if not is_codes or x is None or x.is_initializer() or x in tables:
         return None
     users = node.outputs[0].consumers()
     bias = users[0].inputs[1] if len(users) == 1 and users[0].op_type == "Add" else None

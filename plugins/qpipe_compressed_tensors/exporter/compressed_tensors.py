@@ -22,6 +22,7 @@ from qpipe import (
     hookimpl,
 )
 from qpipe.artifact import sha256
+from qpipe.conversion import reason_not_affine
 from qpipe.proof import calls, end_to_end
 from qpipe_compressed_tensors._folder import CONFIG, read, write
 
@@ -51,8 +52,8 @@ class CompressedTensorsExporter(Exporter):
         for role, slot in recipe.every_slot():
             if role is Role.ACTIVATION:
                 return "the packed format holds weights alone; use activation=null and target=generic"
-            if not slot.quantizer.is_affine(slot.spec):
-                return f"the levels of quantizer '{slot.quantizer.name}' are not scale * (code - zero_point)"
+            if reason := reason_not_affine(role, slot):
+                return reason
             if slot.spec.num_bits not in _BITS:
                 return f"vLLM reads packed weights of 4 or 8 bits, not weight.num_bits={slot.spec.num_bits}"
             if not slot.spec.symmetric:

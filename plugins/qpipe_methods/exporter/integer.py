@@ -25,6 +25,7 @@ from qpipe import (
     hookimpl,
 )
 from qpipe.calls import Call, exported, moved, some_samples, tensors, two_samples
+from qpipe.conversion import reason_not_affine
 from qpipe.proof import Agreement, StepByStep, calls, end_to_end, forced
 from qpipe_methods.integer.interpreter import IntegerModule
 from qpipe_methods.integer.lower import lower
@@ -130,11 +131,9 @@ def _step_by_step(
 
 
 def _reason(role: Role, slot: Slot) -> str | None:
-    spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
-    if not quantizer.is_affine(spec):
-        return (
-            f"the levels of quantizer '{quantizer.name}' ({role.value}s) are not scale * (code - zero_point)"
-        )
+    spec, granularity = slot.spec, slot.granularity
+    if reason := reason_not_affine(role, slot):
+        return reason
     if spec.dynamic:
         return f"{role.value}.dynamic=true: ranges taken while running are real numbers"
     if spec.num_bits > 8:

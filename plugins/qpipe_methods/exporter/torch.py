@@ -15,7 +15,9 @@ from torch import nn
 from qpipe import Artifact, DataError, ExportContext, Exporter, ProofError, Recipe, convert, hookimpl
 from qpipe.artifact import sha256
 from qpipe.calls import Call, exported, moved, some_samples
+from qpipe.conversion import reason_not_affine
 from qpipe.proof import Agreement, calls, end_to_end, latencies_ms
+from qpipe.tables import precision
 
 _FILE = "model.pt2"
 _KERNELS = re.compile(
@@ -42,13 +44,10 @@ class TorchExporter(Exporter):
         self.compile = compile
 
     def reason_not(self, recipe: Recipe) -> str | None:
-        """Name the first thing that is not scale * (code - zero_point)."""
+        """Name the first thing that has no codes, or that a table does not hold."""
         for role, slot in recipe.every_slot():
-            if not slot.quantizer.is_affine(slot.spec):
-                return (
-                    f"the levels of quantizer '{slot.quantizer.name}' ({role.value}s) are not "
-                    "scale * (code - zero_point)"
-                )
+            if reason := reason_not_affine(role, slot, tables=True):
+                return reason
             if slot.spec.dynamic:
                 return f"{role.value}.dynamic=true: the program holds ranges from calibration"
         return None
@@ -64,7 +63,7 @@ class TorchExporter(Exporter):
         if call is None:
             raise DataError("there is no evaluation sample to prove the program on; give the data some")
         path, call = context.folder / _FILE, moved(call, "cpu")
-        converted = convert(context.simulation).cpu()
+        converted = convert(context.simulation, tables=True).cpu()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             torch.export.save(exported(converted, call), path)
@@ -76,7 +75,7 @@ class TorchExporter(Exporter):
                     f"the loaded program is up to {(outputs[0] - outputs[1]).abs().max():.3g} away from the "
                     "converted model; leave out exporter torch, and report the model"
                 )
-            proof = {"bit_equal": True, **end_to_end(module, context, self.samples)}
+            proof = {"bit_equal": True, **precision(converted), **end_to_end(module, context, self.samples)}
             if self.compile:
                 proof |= _compiled(module, context, call)
         return Artifact(

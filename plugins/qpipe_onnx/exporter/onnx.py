@@ -29,7 +29,9 @@ from qpipe import (
     payload_bytes,
 )
 from qpipe.calls import Call, batch_size, batched, moved, some_samples
+from qpipe.conversion import reason_not_affine
 from qpipe.proof import calls, end_to_end, latencies_ms
+from qpipe.tables import precision
 from qpipe_onnx._agreement import step_by_step
 from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes, indexed
 from qpipe_onnx._trace import trace, write
@@ -84,7 +86,7 @@ class OnnxExporter(Exporter):
         if call is None:
             raise DataError("there is no evaluation sample to prove the ONNX file on; give the data some")
         path = context.folder / _FILE
-        converted = convert(context.simulation, dynamic=True).cpu()
+        converted = convert(context.simulation, dynamic=True, tables=True).cpu()
         call = moved(call, "cpu")
         with torch.no_grad():
             output = indexed(converted(*call[0], **call[1]))
@@ -95,7 +97,11 @@ class OnnxExporter(Exporter):
             nodes = executed_nodes(path)
             proof = step_by_step(converted, path, some_samples(call, _STEP_SAMPLES), context.task)
             proof |= end_to_end(module, context, self.samples)
-            proof |= {"nodes": nodes, "counted_bytes": payload_bytes(context.simulation)}
+            proof |= {
+                "nodes": nodes,
+                "counted_bytes": payload_bytes(context.simulation),
+                **precision(converted),
+            }
             proof |= self._latency(path, module, twin, call, "MatMulNBits" in nodes)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         engine = f"onnxruntime {version('onnxruntime')}"
@@ -138,11 +144,11 @@ def _samples(call: Call, count: int) -> Call:
 
 def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
     """Say what no integer product is made of; rounded: activations are codes too."""
-    spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
-    if not quantizer.is_affine(spec):
-        return (
-            f"the levels of quantizer '{quantizer.name}' ({role.value}s) are not scale * (code - zero_point)"
-        )
+    spec, granularity = slot.spec, slot.granularity
+    if reason := reason_not_affine(role, slot, tables=True):
+        return reason
+    if not slot.quantizer.is_affine(spec):
+        return None
     if role is Role.ACTIVATION and spec.num_bits != 8:
         return f"ONNX Runtime computes on 8-bit activations, not activation.num_bits={spec.num_bits}"
     if role is Role.WEIGHT and spec.num_bits > 8:

@@ -12,6 +12,7 @@ from torch import nn
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
 from qpipe.artifact import sha256
 from qpipe.calls import Call, moved, some_samples
+from qpipe.conversion import reason_not_affine
 from qpipe.proof import calls, end_to_end, latencies_ms
 from qpipe_openvino._agreement import step_by_step
 from qpipe_openvino._graph import translate
@@ -88,11 +89,9 @@ class OpenVinoExporter(Exporter):
 
 
 def _reason(role: Role, slot: Slot, static: bool) -> str | None:
-    spec, quantizer, granularity = slot.spec, slot.quantizer, slot.granularity
-    if not quantizer.is_affine(spec):
-        return (
-            f"the levels of quantizer '{quantizer.name}' ({role.value}s) are not scale * (code - zero_point)"
-        )
+    spec, granularity = slot.spec, slot.granularity
+    if reason := reason_not_affine(role, slot):
+        return reason
     if spec.dynamic:
         return f"{role.value}.dynamic=true: ranges taken while running are not what OpenVINO would take"
     if role is Role.ACTIVATION and spec.num_bits != 8:

@@ -83,7 +83,9 @@ def test_bytes_are_those_counted_and_loading_gives_the_simulation(
         assert 0 <= codes.min() <= codes.max() < 2 ** slot["num_bits"]
         stored = tensors[f"{weight.name.replace(':', '.')}.codes"]
         assert stored.nbytes == packed_bytes(codes.numel(), slot["num_bits"])
-        said = any(f"executes quantizer '{name}': simulated" in notice for notice in report.notices)
+        said = any(
+            f"computes on codes of quantizer '{name}': files store" in notice for notice in report.notices
+        )
         assert said is not quantizer.is_affine(spec)
     assert [artifact.engine for artifact in report.artifacts] == ["simulated"]
     with torch.no_grad():
