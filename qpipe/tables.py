@@ -93,7 +93,7 @@ def precision(model: nn.Module) -> dict[str, str]:
     """Say for the proof what becomes of weights that are looked up, {} where a converted model has none."""
     bits = sorted({module.num_bits for module in model.modules() if isinstance(module, TabledWeight)})
     return (
-        {"precision": f"weights stored in {' and '.join(map(str, bits))} bits, computed in float32"}
+        {"precision": f"weights stored in {', '.join(map(str, bits))} bits, computed in float32"}
         if bits
         else {}
     )

@@ -34,9 +34,9 @@ HEAD = """# Quantizers and exporters
 Written by `python scripts/exporters.py`, which runs every pair on a convolution and a linear layer (for
 `compressed_tensors`, on a language model of one block); a test compares.
 
-- **both**: weights and activations quantized; the engine executed the file, and it was proved against the simulation.
+- **both**: weights and activations quantized; the engine executed the file, proved against the simulation.
 - **weights**: so with `activation=null` only; the number says why not with activations.
-- *in float32*: weights are stored as codes packed to their bits, what is multiplied is float32: small, not fast.
+- *in float32*: weights are stored as codes packed to their bits, and computed in float32: small, not fast.
 - A number alone: neither. The sentences below are the command's own answers, `…` the quantizer's name.
 
 """

@@ -1,4 +1,4 @@
-"""Codes looked up in tables stand for what their quantizer says, and the tables are as small as they can be."""
+"""Codes looked up in tables stand for what their quantizer says; the tables are as small as can be."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GROUPS = {"name": "subchannel", "group_size": 64}
 BLOCKS = 64 * 256 // 64
 
 
-def table(quantizer: Any, granularity: Any = GROUPS, **weight: Any) -> tuple[TabledWeight, nn.Module, Tensor]:  # noqa: ANN401
-    """Return the stored weight of a linear layer [64, 256], the simulation, and the weight it computes with."""
+def table(quantizer: Any, granularity: Any = GROUPS, **weight: Any) -> tuple[TabledWeight, Tensor]:  # noqa: ANN401
+    """Return the stored weight of a linear layer [64, 256], and the weight the simulation computes with."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(256, 64)), torch.randn(2, 256)
     chosen = {"quantizer": quantizer, "granularity": granularity, "restricted": False, **weight}
     simulation, _ = quantize(model, [x], weight=chosen, activation=None, transform=[], evaluator=[])
     [stored] = [m for m in convert(simulation, tables=True).modules() if isinstance(m, TabledWeight)]
-    return stored, simulation, simulation[0].weight
+    return stored, simulation[0].weight.detach()
 
 
 @pytest.mark.parametrize(
@@ -41,33 +41,33 @@ def table(quantizer: Any, granularity: Any = GROUPS, **weight: Any) -> tuple[Tab
 def test_levels_are_patterns_times_as_many_coefficients_as_the_method_has(
     quantizer: str, num_bits: int, coefficients: int
 ) -> None:
-    stored, _, weight = table(quantizer, num_bits=num_bits)
+    stored, weight = table(quantizer, num_bits=num_bits)
     assert stored.codes.numel() == weight.numel() * num_bits // 8
     assert stored.patterns.shape == (2**num_bits, coefficients)
     assert stored.coefficients.shape == (BLOCKS, coefficients)
-    assert torch.allclose(stored(None), weight, rtol=1e-5, atol=2e-6 * float(weight.detach().abs().max()))
+    assert torch.allclose(stored(None), weight, rtol=1e-5, atol=2e-6 * float(weight.abs().max()))
 
 
 def test_a_moved_zero_is_a_second_coefficient() -> None:
-    stored, _, weight = table("hqq", num_bits=4, symmetric=False, signed=False)
+    stored, weight = table("hqq", num_bits=4, symmetric=False, signed=False)
     assert stored.patterns.shape == (16, 2)
     assert (stored(None) - weight).abs().max() < 2e-6 * weight.abs().max()
 
 
 def test_fitted_levels_are_kept_block_by_block() -> None:
-    stored, _, weight = table("codebook", "channel", num_bits=3)
+    stored, weight = table("codebook", "channel", num_bits=3)
     assert stored.patterns.shape == (64 * 8, 1)
     assert torch.equal(stored(None), weight)
 
 
 def test_one_block_has_one_pattern() -> None:
-    stored, _, weight = table("codebook", "layer", num_bits=3)
+    stored, weight = table("codebook", "layer", num_bits=3)
     assert stored.patterns.shape == (8, 1)
     assert torch.equal(stored(None), weight)
 
 
 def test_codewords_of_several_values_are_looked_up_whole() -> None:
-    stored, _, weight = table({"name": "vector", "dim": 4}, "layer", num_bits=6)
+    stored, weight = table({"name": "vector", "dim": 4}, "layer", num_bits=6)
     assert stored.codes.numel() == weight.numel() // 4 * 6 // 8
     assert stored.patterns.shape == (64, 4)
     assert torch.equal(stored(None), weight)
@@ -75,7 +75,7 @@ def test_codewords_of_several_values_are_looked_up_whole() -> None:
 
 def test_scales_that_are_powers_of_two_take_a_byte() -> None:
     mx = {"name": "float", "exponent_bits": 2, "mantissa_bits": 1, "block_scale": "e8m0"}
-    stored, _, weight = table(mx, {"name": "subchannel", "group_size": 32}, num_bits=4)
+    stored, weight = table(mx, {"name": "subchannel", "group_size": 32}, num_bits=4)
     assert stored.index.numel() == 2 * BLOCKS
     assert stored.coefficients.numel() < 8
     assert torch.equal(stored(None), weight)

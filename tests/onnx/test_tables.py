@@ -86,10 +86,7 @@ def test_every_layer_gives_what_the_simulation_gives(exported: Exported) -> None
 
 
 def test_the_label_says_that_only_the_file_is_small(exported: Exported) -> None:
-    assert (
-        exported[1].proof["precision"]
-        == "weights stored in 2 and 3 and 4 and 5 and 6 and 7 and 8 bits, computed in float32"
-    )
+    assert exported[1].proof["precision"] == "weights stored in 2, 3, 4, 5, 6, 7, 8 bits, computed in float32"
     assert not exported[1].proof["nodes"].keys() & {"MatMulNBits", "BitShift", "DequantizeLinear"}
 
 
