@@ -134,7 +134,7 @@ class _Table:
             return self.whole()
         patterns = torch.linalg.lstsq(some[:, columns].cpu(), some.cpu(), driver="gelsd").solution.T
         coefficients = self.levels(self.codes[columns]).contiguous()
-        values, index = coefficients.unique(return_inverse=True)
+        values, index = torch.unique(coefficients, return_inverse=True)
         if len(values) > _DISTINCT or coefficients.numel() < 4 * len(values):
             values, index = coefficients, index.flatten()[:0]
         patterns = patterns.to(coefficients).contiguous()

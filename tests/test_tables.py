@@ -44,7 +44,6 @@ def test_levels_are_patterns_times_as_many_coefficients_as_the_method_has(
     stored, weight = table(quantizer, num_bits=num_bits)
     assert stored.codes.numel() == weight.numel() * num_bits // 8
     assert stored.patterns.shape == (2**num_bits, coefficients)
-    assert stored.coefficients.shape == (BLOCKS, coefficients)
     assert torch.allclose(stored(None), weight, rtol=1e-5, atol=2e-6 * float(weight.abs().max()))
 
 

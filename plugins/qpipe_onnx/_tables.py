@@ -34,7 +34,7 @@ def placed(model: nn.Module) -> Iterator[None]:
 
 
 def _traced(packed: Tensor, num_bits: int, count: int) -> Tensor:
-    attributes = {"num_bits": num_bits, "count": count}
+    attributes: dict[str, Any] = {"num_bits": num_bits, "count": count}
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::Unpack", (packed,), attributes, dtype=torch.int64, shape=(count,), version=1
     )

@@ -23,6 +23,7 @@ from qpipe_methods.quantizer.nf4 import NF4Quantizer
 from qpipe_methods.quantizer.vector import VectorQuantizer
 from qpipe_onnx._agreement import step_by_step
 from qpipe_onnx._runtime import OnnxRuntimeModule
+from qpipe_onnx.exporter.onnx import OnnxExporter
 from torch import Tensor, nn
 
 from qpipe import Artifact, Granularity, ProofError, Quantizer, Recipe, Role, Task, convert, pack
@@ -102,9 +103,9 @@ def test_codes_take_their_bits(exported: Exported, name: str) -> None:
 
 
 def test_the_file_has_the_size_that_is_counted(exported: Exported) -> None:
-    """What lies above are the operations that decode, about 2 kB a layer."""
+    """What lies above are the operations that decode, under 3 kB a layer."""
     artifact = exported[1]
-    assert artifact.num_bytes < artifact.proof["counted_bytes"] + 2500 * len(LAYERS)
+    assert artifact.num_bytes < artifact.proof["counted_bytes"] + 3000 * len(LAYERS)
 
 
 def test_decoding_needs_no_operation_of_our_own(exported: Exported) -> None:
@@ -134,16 +135,13 @@ def test_a_layer_that_is_decoded_otherwise_is_named(exported: Exported) -> None:
         step_by_step(converted, path, ((torch.randint(50, (4, 7)),), {}), Task())
 
 
-def test_codes_of_activations_go_on_being_codes(
-    export: Callable[..., tuple[nn.Module, Artifact]], make_recipe: Callable[..., Recipe]
+def test_quantized_activations_beside_tables_are_refused_before_any_work(
+    make_recipe: Callable[..., Recipe],
 ) -> None:
-    """Where weights have a table, products are float32 between rounded activations, each within a step."""
+    """ONNX Runtime would make int8 of the weights, as it loads the file, and say nothing."""
     recipe = make_recipe()
     assert recipe.weight is not None
-    spec = replace(recipe.weight.spec, num_bits=4)
-    recipe = replace(recipe, weight=replace(recipe.weight, quantizer=CodebookQuantizer(), spec=spec))
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
-    _, artifact = export(model, [torch.randn(8, 3, 6, 6)], recipe)
-    assert artifact.proof["edges"] == 2
-    assert artifact.proof["largest_edge_difference_steps"] <= 1
-    assert artifact.proof["precision"] == "weights stored in 4 bits, computed in float32"
+    recipe = replace(recipe, weight=replace(recipe.weight, quantizer=CodebookQuantizer()))
+    reason = OnnxExporter().reason_not(recipe)
+    assert reason is not None
+    assert "use activation=null to quantize weights alone" in reason

@@ -58,7 +58,9 @@ class IntegerExporter(Exporter):
     def reason_not(self, recipe: Recipe) -> str | None:
         """Name the first thing that has no integer form."""
         if recipe.weight is None or recipe.activation is None:
-            return "integer arithmetic needs quantized weights and activations"
+            return (
+                "integer arithmetic needs both weights and activations in codes; leave neither of them null"
+            )
         reasons = (_reason(role, slot) for role, slot in recipe.every_slot())
         return next((reason for reason in reasons if reason is not None), None)
 

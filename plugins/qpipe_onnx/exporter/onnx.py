@@ -148,7 +148,7 @@ def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
     if reason := reason_not_affine(role, slot, tables=True):
         return reason
     if not slot.quantizer.is_affine(spec):
-        return None
+        return _reason_alone(slot) if rounded else None
     if role is Role.ACTIVATION and spec.num_bits != 8:
         return f"ONNX Runtime computes on 8-bit activations, not activation.num_bits={spec.num_bits}"
     if role is Role.WEIGHT and spec.num_bits > 8:
@@ -166,6 +166,14 @@ def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
     if blocks > 1 and not spec.symmetric:
         return "ONNX Runtime wants one zero point for all channels; use weight.symmetric=true"
     return None
+
+
+def _reason_alone(slot: Slot) -> str:
+    """Say why such weights stand alone: ONNX Runtime's WeightBiasQuantization makes int8 of them."""
+    return (
+        f"between quantized activations ONNX Runtime rounds weights of quantizer '{slot.quantizer.name}' to "
+        "even steps of its own; use activation=null to quantize weights alone"
+    )
 
 
 def _reason_dynamic(slot: Slot, target: Target) -> str | None:
