@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +48,14 @@ def some_samples(call: Call, count: int) -> Call:
     return cut
 
 
+def repeated(call: Call, count: int) -> Call:
+    """Return a call of count samples, the same ones over and over where there are fewer."""
+    size = batch_size(call)
+    rows = torch.arange(count) % size
+    samples: Call = pytree.tree_map(lambda leaf: leaf[rows] if batched(leaf, size) else leaf, call)
+    return samples
+
+
 def moved(call: Call, device: torch.device | str) -> Call:
     """Return the call with its tensors on device."""
     on_device: Call = pytree.tree_map(
@@ -57,6 +67,44 @@ def moved(call: Call, device: torch.device | str) -> Call:
 def tensors(call: Call) -> list[Tensor]:
     """Return the tensors among a call's arguments, in the order of the file's inputs."""
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Stands for the n-th tensor of what a model returns."""
+
+    at: int
+
+
+def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
+    """Replace the tensors of a model's output by their indices."""
+    count = iter(range(len(pytree.tree_leaves(output))))
+    return pytree.tree_map_only(Tensor, lambda _: Index(next(count)), output)
+
+
+def filled(output: Any, tensors: list[Tensor]) -> Any:  # noqa: ANN401
+    """Undo indexed, with other tensors."""
+    return pytree.tree_map_only(Index, lambda index: tensors[index.at], output)
+
+
+def described(output: Any) -> Any:  # noqa: ANN401
+    """Return what indexed gave as plain data, for a file."""
+    if isinstance(output, Index):
+        return output.at
+    if isinstance(output, Mapping):
+        return {str(key): described(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return [described(value) for value in output]
+    return None
+
+
+def rebuilt(plain: Any) -> Any:  # noqa: ANN401
+    """Undo described, as far as plain data goes: records are dictionaries, sequences tuples."""
+    if isinstance(plain, dict):
+        return {key: rebuilt(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return tuple(rebuilt(value) for value in plain)
+    return Index(plain) if isinstance(plain, int) else None
 
 
 def exported(model: nn.Module, call: Call) -> torch.export.ExportedProgram:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qpipe import DataError
-from qpipe.calls import tensors
+from qpipe.calls import Index, described, filled, rebuilt, tensors
 
 CALL = "qpipe.call"
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -59,7 +58,7 @@ class OnnxRuntimeModule(nn.Module):
         content, call = read(path)
         try:
             module = cls(
-                content, call["keywords"], _rebuilt(call["output"]), accuracy_level=call["accuracy_level"]
+                content, call["keywords"], rebuilt(call["output"]), accuracy_level=call["accuracy_level"]
             )
         except Exception as error:  # ONNX Runtime's own classes, which derive from no common one
             raise DataError(
@@ -71,7 +70,7 @@ class OnnxRuntimeModule(nn.Module):
 
     def needs_outputs(self) -> int:
         """Return how many of the file's outputs make what the model returns."""
-        indices = [leaf.at for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, _Index)]
+        indices = [leaf.at for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Index)]
         return max(indices, default=-1) + 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
@@ -83,7 +82,7 @@ class OnnxRuntimeModule(nn.Module):
         feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, inputs, strict=True)}
         device = inputs[0].device
         results = [torch.from_numpy(array).to(device) for array in self.session.run(None, feed)]
-        return pytree.tree_map_only(_Index, lambda index: results[index.at], self.output)
+        return filled(self.output, results)
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(self.names):
@@ -96,41 +95,10 @@ class OnnxRuntimeModule(nn.Module):
                 raise DataError(f"the file takes '{wanted.name}' of shape [{shape}], not {[*x.shape]}")
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Stands for the n-th output of the file."""
-
-    at: int
-
-
-def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
-    """Replace the tensors of a model's output by their indices."""
-    count = iter(range(len(pytree.tree_leaves(output))))
-    return pytree.tree_map_only(Tensor, lambda _: _Index(next(count)), output)
-
-
 def describe_call(keywords: Sequence[str], output: Any, accuracy_level: int) -> dict[str, str]:  # noqa: ANN401
     """Return metadata of the file: how it is called and what it returns, as JSON."""
-    called = {"keywords": [*keywords], "output": _described(output), "accuracy_level": accuracy_level}
+    called = {"keywords": [*keywords], "output": described(output), "accuracy_level": accuracy_level}
     return {CALL: json.dumps(called)}
-
-
-def _described(tree: Any) -> Any:  # noqa: ANN401
-    if isinstance(tree, _Index):
-        return tree.at
-    if isinstance(tree, Mapping):
-        return {str(key): _described(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_described(value) for value in tree]
-    return None
-
-
-def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
-    if isinstance(tree, dict):
-        return {key: _rebuilt(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return tuple(_rebuilt(value) for value in tree)
-    return _Index(tree) if isinstance(tree, int) else None
 
 
 def _sentence(error: Exception) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from qpipe import DataError
 from qpipe.artifact import sha256
-from qpipe.calls import tensors
+from qpipe.calls import Index, described, filled, rebuilt, tensors
 
 GRAPH, WEIGHTS, MANIFEST = "model.xml", "model.bin", "openvino.json"
 _FORMAT = "qpipe-openvino"
@@ -59,7 +57,7 @@ class OpenVinoModule(nn.Module):
             about = json.loads(manifest.read_text())
             known = about["format"] == _FORMAT
             digests = {name: about["sha256"][name] for name in (GRAPH, WEIGHTS)}
-            keywords, output = about["keywords"], _rebuilt(about["output"])
+            keywords, output = about["keywords"], rebuilt(about["output"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{manifest} describes no OpenVINO model of qpipe ({error})") from None
         for name, digest in digests.items():
@@ -73,7 +71,7 @@ class OpenVinoModule(nn.Module):
         inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
         found = self.compiled([x.detach().cpu().numpy() for x in inputs])
         results = [torch.from_numpy(found[i].copy()).to(inputs[0].device) for i in range(len(found))]
-        return pytree.tree_map_only(Index, lambda index: results[index.at], self.output)
+        return filled(self.output, results)
 
     def executed(self) -> dict[str, int]:
         """Return the operations OpenVINO executes and the type they compute in, and how many of each."""
@@ -81,13 +79,6 @@ class OpenVinoModule(nn.Module):
         names = (f"{_text(info['layerType'])} {_text(info['runtimePrecision'])}" for info in ops)
         ignored = ("Const ", "Input ", "Output ")
         return dict(Counter(name for name in names if not name.startswith(ignored)).most_common())
-
-
-@dataclass(frozen=True)
-class Index:
-    """Stands for the n-th output of the graph."""
-
-    at: int
 
 
 def compiled(graph: Any, threads: int = 1, default_precision: bool = False) -> Any:  # noqa: ANN401
@@ -100,12 +91,6 @@ def compiled(graph: Any, threads: int = 1, default_precision: bool = False) -> A
     return openvino.Core().compile_model(graph, "CPU", options)
 
 
-def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
-    """Replace the tensors of a model's output by their indices."""
-    count = iter(range(len(pytree.tree_leaves(output))))
-    return pytree.tree_map_only(Tensor, lambda _: Index(next(count)), output)
-
-
 def write(graph: Any, folder: Path, keywords: Sequence[str], output: Any) -> Path:  # noqa: ANN401
     """Write graph, weights and, last, the manifest; return the manifest's path."""
     import openvino
@@ -114,29 +99,11 @@ def write(graph: Any, folder: Path, keywords: Sequence[str], output: Any) -> Pat
     about = {
         "format": _FORMAT,
         "keywords": [*keywords],
-        "output": _described(output),
+        "output": described(output),
         "sha256": {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)},
     }
     (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
     return folder / MANIFEST
-
-
-def _described(tree: Any) -> Any:  # noqa: ANN401
-    if isinstance(tree, Index):
-        return tree.at
-    if isinstance(tree, Mapping):
-        return {str(key): _described(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_described(value) for value in tree]
-    return None
-
-
-def _rebuilt(tree: Any) -> Any:  # noqa: ANN401
-    if isinstance(tree, dict):
-        return {key: _rebuilt(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return tuple(_rebuilt(value) for value in tree)
-    return Index(tree) if isinstance(tree, int) else None
 
 
 def _text(value: Any) -> str:  # noqa: ANN401  # OpenVINO wraps the values of its notes in some versions

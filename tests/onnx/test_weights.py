@@ -138,6 +138,6 @@ def test_the_file_says_how_precisely_it_is_to_be_computed(exported: Exported) ->
 
 
 def _first() -> Any:  # noqa: ANN401
-    from qpipe_onnx._runtime import indexed
+    from qpipe.calls import indexed
 
     return indexed(torch.zeros(1))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from qpipe import (
     Artifact,
@@ -28,12 +27,12 @@ from qpipe import (
     hookimpl,
     payload_bytes,
 )
-from qpipe.calls import Call, batch_size, batched, moved, some_samples
+from qpipe.calls import Call, indexed, moved, repeated, some_samples
 from qpipe.conversion import reason_not_affine
 from qpipe.proof import calls, end_to_end, latencies_ms
 from qpipe.tables import precision
 from qpipe_onnx._agreement import step_by_step
-from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes, indexed
+from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
@@ -128,18 +127,10 @@ class OnnxExporter(Exporter):
                 )
             figures: dict[str, Any] = {"threads": 1, "batch_sizes": [*_BATCH_SIZES.values()]}
             for suffix, size in _BATCH_SIZES.items():
-                times = latencies_ms([*modules.values()], _samples(call, size))
+                times = latencies_ms([*modules.values()], repeated(call, size))
                 names = (f"{word}latency_ms{suffix}" for word in modules)
                 figures |= dict(zip(names, times, strict=True))
         return figures
-
-
-def _samples(call: Call, count: int) -> Call:
-    """Return a call of count samples, the same ones over and over where there are fewer."""
-    size = batch_size(call)
-    rows = torch.arange(count) % size
-    samples: Call = pytree.tree_map(lambda leaf: leaf[rows] if batched(leaf, size) else leaf, call)
-    return samples
 
 
 def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:

@@ -11,14 +11,15 @@ from torch import nn
 
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
 from qpipe.artifact import sha256
-from qpipe.calls import Call, moved, some_samples
+from qpipe.calls import Call, indexed, moved, repeated, some_samples
 from qpipe.conversion import reason_not_affine
 from qpipe.proof import calls, end_to_end, latencies_ms
 from qpipe_openvino._agreement import step_by_step
 from qpipe_openvino._graph import translate
-from qpipe_openvino._runtime import MANIFEST, OpenVinoModule, indexed, write
+from qpipe_openvino._runtime import MANIFEST, OpenVinoModule, write
 
 _STEP_SAMPLES = 16  # compared edge by edge
+_BATCH_SIZES = {"": 1, "_b32": 32}  # timed, by what their figures are called behind
 _PROBE = torch.empty(8, 4096, device="meta")
 
 
@@ -84,8 +85,11 @@ class OpenVinoExporter(Exporter):
                 for default in (False, True)
             ]
             names += ["fp32_latency_ms", "default_precision_latency_ms"]
-        times = latencies_ms(modules, some_samples(call, 1))
-        return dict(zip(names, times, strict=True)) | {"threads": 1, "batch_size": 1}
+        figures: dict[str, Any] = {"threads": 1, "batch_sizes": [*_BATCH_SIZES.values()]}
+        for suffix, size in _BATCH_SIZES.items():
+            times = latencies_ms(modules, repeated(call, size))
+            figures |= dict(zip((name + suffix for name in names), times, strict=True))
+        return figures
 
 
 def _reason(role: Role, slot: Slot, static: bool) -> str | None:

@@ -1,0 +1,204 @@
+"""Two convolutional networks in W8A8 and two engines: qpipe's file beside the engine's own tool, same crops.
+
+    python scripts/bench/convolutional.py                             # needs the extra openvino, and nncf
+    python scripts/bench/convolutional.py --models resnet_digits --engines onnxruntime
+
+ONNX Runtime's own tool is quantize_static, OpenVINO's is NNCF, each with the setting named in its row. SQNR
+is that of the logits to float32's; times are process CPU time of one thread in turns, an image. Bars: 0.97 of
+the own tool's speed at batch 1 and 32, at equal or better SQNR; no convolution or addition in floating point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from efficientnet import Crops, export_float, session
+from torch import Tensor, nn
+
+import qpipe
+
+Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+RECIPES: dict[str, dict[str, Any]] = {
+    "minmax": {},
+    "percentile": {"calibrator": "percentile"},
+    "minmax, bias_correction": {"finetune": ["bias_correction"]},
+}
+STATIC = {"minmax": "MinMax", "percentile": "Percentile"}
+PRESETS = ("PERFORMANCE", "MIXED")
+CALLS = {1: 20, 32: 2}
+
+
+def efficientnet(calibration: int, evaluation: int) -> tuple[nn.Module, Tensor, Tensor]:
+    from qpipe_zoo.data.photos import Photos
+    from qpipe_zoo.model.efficientnet_lite0 import efficientnet_lite0
+
+    photos = Photos(num_calibration=calibration, num_evaluation=evaluation)
+    photos.setup()
+    parts = (torch.stack([*photos.datasets[part]]) for part in ("calibration", "evaluation"))
+    return (efficientnet_lite0().eval(), *parts)
+
+
+def resnet(calibration: int, evaluation: int) -> tuple[nn.Module, Tensor, Tensor]:
+    from qpipe_zoo.data.digits import Digits
+    from qpipe_zoo.model.resnet_digits import resnet_digits
+
+    digits = Digits()
+    digits.setup()
+    train, test = (
+        torch.cat([batch[0] for batch in loader()])
+        for loader in (digits.train_dataloader, digits.test_dataloader)
+    )
+    return resnet_digits().eval(), train[:calibration], test[:evaluation]
+
+
+MODELS = {"efficientnet_lite0": efficientnet, "resnet_digits": resnet}
+
+
+def in_onnxruntime(path: Path) -> tuple[Run, dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        runtime = session(path, optimized)
+        nodes = Counter(node.op_type for node in onnx.load(optimized).graph.node)
+    name = runtime.get_inputs()[0].name
+    floats = {kind: nodes[kind] + nodes[f"Fused{kind}"] for kind in ("Conv", "Add", "Gemm")}
+    return lambda x: runtime.run(None, {name: x})[0], floats
+
+
+def in_openvino(graph: Any) -> tuple[Run, dict[str, int]]:  # noqa: ANN401  # openvino.Model
+    from qpipe_openvino._runtime import OpenVinoModule, compiled
+
+    executed = compiled(graph)
+    module = OpenVinoModule(graph)
+    floats = {
+        name: count
+        for name, count in module.executed().items()
+        if name.split()[0] in ("Convolution", "Eltwise", "FullyConnected") and name.split()[1][0] == "f"
+    }
+    return lambda x: executed([x])[0], floats
+
+
+def ours(model: nn.Module, crops: Tensor, engine: str, recipe: dict[str, Any], out: Path) -> tuple[Run, Any]:
+    exporter = "onnx" if engine == "onnxruntime" else "openvino"
+    _, report = qpipe.quantize(
+        model,
+        [*crops.split(16)],
+        task=qpipe.Task(),
+        out=out,
+        evaluator=[],
+        granularity="channel",
+        exporter=[{"name": exporter, "samples": 16, "compare_fp32": False}],
+        **recipe,
+    )
+    path = out / report.artifacts[0].path
+    if engine == "onnxruntime":
+        return in_onnxruntime(path)
+    import openvino
+
+    return in_openvino(openvino.Core().read_model(path.parent / "model.xml"))
+
+
+def static(float_file: Path, crops: Tensor, method: str, folder: Path) -> tuple[Run, Any]:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    path = folder / f"static-{method}.onnx"
+    quantize_static(
+        float_file,
+        path,
+        Crops(session(float_file).get_inputs()[0].name, crops),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=getattr(CalibrationMethod, method),
+    )
+    return in_onnxruntime(path)
+
+
+def nncf(model: nn.Module, crops: Tensor, preset: str) -> tuple[Run, Any]:
+    import nncf
+    import openvino
+
+    graph = openvino.convert_model(model, example_input=crops[:1])
+    data = nncf.Dataset([crop.numpy() for crop in crops.split(1)])
+    chosen = getattr(nncf.QuantizationPreset, preset)
+    return in_openvino(nncf.quantize(graph, data, preset=chosen, subset_size=len(crops)))
+
+
+def cpu_ms(runs: dict[str, Run], crops: np.ndarray[Any, Any], rounds: int) -> dict[str, list[float]]:
+    """Return CPU milliseconds an image for each batch size: medians of rounds taken in turns."""
+    times: dict[str, list[list[float]]] = {name: [[] for _ in CALLS] for name in runs}
+    for turn in range(rounds + 1):
+        for position, (size, calls) in enumerate(CALLS.items()):
+            x = np.resize(crops, (size, *crops.shape[1:]))
+            for name, run in runs.items():
+                start = time.process_time()
+                for _ in range(calls):
+                    run(x)
+                if turn:
+                    times[name][position].append(1e3 * (time.process_time() - start) / calls / size)
+    return {name: [statistics.median(taken) for taken in sizes] for name, sizes in times.items()}
+
+
+def rows(model: nn.Module, crops: Tensor, engine: str, folder: Path) -> dict[str, tuple[Run, Any]]:
+    made = {
+        f"qpipe, {name}": ours(model, crops, engine, recipe, folder / name)
+        for name, recipe in RECIPES.items()
+    }
+    if engine == "openvino":
+        return {f"NNCF, {preset.lower()}": nncf(model, crops, preset) for preset in PRESETS} | made
+    path = folder / "fp32.onnx"
+    export_float(model, crops, path)
+    return {f"quantize_static, {name}": static(path, crops, m, folder) for name, m in STATIC.items()} | made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--engines", nargs="*", default=["onnxruntime", "openvino"])
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--evaluation", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    print("| model | engine | tool | SQNR dB | agreement | float conv, add, product | CPU ms b1 / b32 |")
+    print("|---|---|---|--:|--:|---|--:|")
+    for name in chosen.models:
+        model, calibration, evaluation = MODELS[name](chosen.calibration, chosen.evaluation)
+        with torch.no_grad():
+            reference = torch.cat([model(part) for part in evaluation.split(16)]).numpy()
+        for engine in chosen.engines:
+            with tempfile.TemporaryDirectory() as folder:
+                made = rows(model, calibration, engine, Path(folder))
+                times = cpu_ms(
+                    {row: run for row, (run, _) in made.items()}, evaluation.numpy(), chosen.rounds
+                )
+                for row, (run, floats) in made.items():
+                    logits = np.concatenate([run(part.numpy()) for part in evaluation.split(16)])
+                    sqnr = 10 * np.log10(np.square(reference).sum() / np.square(logits - reference).sum())
+                    same = (logits.argmax(1) == reference.argmax(1)).mean()
+                    speed = " / ".join(f"{x:.3g}" for x in times[row])
+                    left = sum(floats.values())
+                    print(
+                        f"| {name} | {engine} | {row} | {sqnr:.2f} | {same:.3f} | {left} | {speed} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
