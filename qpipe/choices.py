@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from qpipe.errors import RecipeError
+from qpipe.functional import Rounding
 from qpipe.gate import Gate
 from qpipe.recipe import LayerRule, Recipe, Slot, SlotEdit
 from qpipe.registry import PluginRegistry, conf_dir
@@ -181,6 +182,9 @@ def _checked(slot: Slot, role: Role) -> Slot:
             f"calibrator '{slot.calibrator.name}' needs many batches; "
             f"with {role.value}.dynamic=true use minmax"
         )
+    if slot.quantizer.rounding not in get_args(Rounding):
+        allowed = " or ".join(get_args(Rounding))
+        raise RecipeError(f"quantizer.rounding={slot.quantizer.rounding} is unknown; use {allowed}")
     slot.quantizer.check(spec)
     return slot
 

@@ -130,6 +130,16 @@ class TrainingStrategy(FinetuneStrategy):
             if self.training[key] not in allowed:
                 raise ValueError(f"{key} is one of {', '.join(allowed)}, not {self.training[key]!r}")
         optimizer_class(self.training["optimizer"])
+        for key in ("lr", "weight_decay"):
+            value = self.training[key]
+            if type(value) not in (int, float) or value < 0:
+                raise ValueError(f"{key} is a number from 0, not {value!r}")
+        epochs = self.training["epochs"]
+        if epochs is not None and (type(epochs) is not int or epochs < 0):
+            raise ValueError(f"epochs is a whole number from 0, or null, not {epochs!r}")
+        for key in ("keep_zeros", "compile"):
+            if type(self.training[key]) is not bool:
+                raise ValueError(f"{key} is true or false, not {self.training[key]!r}")
         if self.training["artifact"] is not None:
             _check_artifact(Path(self.training["artifact"]))
         resume = self.training["resume"]
@@ -199,7 +209,7 @@ class TrainingStrategy(FinetuneStrategy):
         if no_loss and self.distillation.weight < 1:
             raise RecipeError(
                 f"finetune '{self.name}' needs a loss, and {type(task).__name__} has none; give a task that "
-                "has one, or learn from the float model alone with distill.weight=1"
+                f"has one, or learn from the float model alone with finetune.{self.name}.distill.weight=1"
             )
         if trains_itself(model) and self.distillation:
             raise RecipeError(

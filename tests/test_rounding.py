@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from qpipe_methods.calibrator.minmax import MinMaxCalibrator
 from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.quantizer.uniform import UniformQuantizer
 
-from qpipe import QParams, QuantSpec, Slot
+from qpipe import QParams, QuantSpec, RecipeError, Slot
+from qpipe.choices import build_recipe, library_config
 from qpipe.nn import FakeQuant
+from qpipe.registry import PluginRegistry
 
 
 def test_only_a_model_in_training_rounds_stochastically() -> None:
@@ -22,3 +25,9 @@ def test_only_a_model_in_training_rounds_stochastically() -> None:
     assert fake_quant.train()(x).unique().tolist() == [2, 3]
     assert fake_quant.codes(x).unique().tolist() == [2]
     assert fake_quant.eval()(x).unique().tolist() == [2]
+
+
+def test_another_rounding_is_refused() -> None:
+    words = {"quantizer": {"name": "log", "rounding": "random"}}
+    with pytest.raises(RecipeError, match="rounding=random is unknown; use nearest or stochastic"):
+        build_recipe(library_config(words, exporting=False), PluginRegistry.load_installed())

@@ -469,6 +469,15 @@ def test_unknown_words_are_refused_with_a_suggestion() -> None:
         QAT(epoch=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="schedule is one of cosine, constant"):
         LSQ(schedule="linear")  # type: ignore[arg-type]
+    for word, value in (
+        ("lr", "fast"),
+        ("lr", -1),
+        ("weight_decay", None),
+        ("epochs", 1.5),
+        ("compile", "yes"),
+    ):
+        with pytest.raises(ValueError, match=f"{word} is .*, not {value!r}"):
+            LSQ(**{word: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no optimizer 'adam'"):
         optimizer_class("adam")
 
