@@ -130,16 +130,17 @@ class TrainingStrategy(FinetuneStrategy):
             if self.training[key] not in allowed:
                 raise ValueError(f"{key} is one of {', '.join(allowed)}, not {self.training[key]!r}")
         optimizer_class(self.training["optimizer"])
+        given: Mapping[str, Any] = {**self.training}
         for key in ("lr", "weight_decay"):
-            value = self.training[key]
+            value = given[key]
             if type(value) not in (int, float) or value < 0:
                 raise ValueError(f"{key} is a number from 0, not {value!r}")
         epochs = self.training["epochs"]
         if epochs is not None and (type(epochs) is not int or epochs < 0):
             raise ValueError(f"epochs is a whole number from 0, or null, not {epochs!r}")
         for key in ("keep_zeros", "compile"):
-            if type(self.training[key]) is not bool:
-                raise ValueError(f"{key} is true or false, not {self.training[key]!r}")
+            if type(given[key]) is not bool:
+                raise ValueError(f"{key} is true or false, not {given[key]!r}")
         if self.training["artifact"] is not None:
             _check_artifact(Path(self.training["artifact"]))
         resume = self.training["resume"]
