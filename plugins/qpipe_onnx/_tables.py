@@ -73,8 +73,12 @@ def _expand(graph: ir.Graph, node: ir.Node, num_bits: int, count: int) -> None:
 
 
 def decoded(graph: ir.Graph) -> Mapping[ir.Value, str]:
-    """Return the values that are computed from stored ones alone, with the name of the codes among those."""
-    found = {value: name for value in graph.initializers.values() if _CODES in (name := name_of(value))}
+    """Return the values computed from stored ones alone, packed codes among them, with the name of those."""
+    found = {
+        value: name_of(value)
+        for value in graph.initializers.values()
+        if name_of(value).endswith(_CODES) and all(node.op_type == "Gather" for node in value.consumers())
+    }
     known = {*graph.initializers.values()}
     for node in graph:
         if all(value is None or value in known for value in node.inputs):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import pytest
 import torch
 from qpipe_methods.granularity.channel import PerChannel
@@ -14,6 +15,7 @@ from qpipe_methods.granularity.layer import PerLayer
 from qpipe_methods.granularity.subchannel import PerSubchannel
 from qpipe_onnx._agreement import step_by_step
 from qpipe_onnx._runtime import OnnxRuntimeModule
+from qpipe_onnx._tables import decoded
 from torch import Tensor, nn
 
 from qpipe import Artifact, Granularity, ProofError, Recipe, Role, Task, convert
@@ -114,6 +116,11 @@ def test_no_weight_is_left_in_floating_point(exported: Exported) -> None:
     model = onnx.load(exported[2])
     floats = [t for t in model.graph.initializer if t.data_type == T.FLOAT and "scale" not in t.name]
     assert {len(tensor.dims) for tensor in floats} <= {0, 1}  # biases, and scales of blocks
+
+
+def test_codes_an_engine_multiplies_by_are_no_table(exported: Exported) -> None:
+    """Else products of dynamic codes would be compared before their scale: they were, 129 steps away."""
+    assert not decoded(onnx_ir.load(exported[2]).graph)
 
 
 def test_a_layer_that_is_computed_otherwise_is_named(exported: Exported) -> None:
