@@ -113,12 +113,12 @@ class _Shelves:
         self.shelf = recipe.shelf
         weights = model_digest(model) if self.shelf.store else ""
         self.baseline = self.shelf.of("baseline", weights)
-        slots = (recipe.weight, recipe.activation, recipe.layers, recipe.target)
-        self.parts: tuple[Any, ...] = (weights, slots, training)
+        self.slots = (recipe.weight, recipe.activation, recipe.layers, recipe.target)
+        self.parts: tuple[Any, ...] = (weights, training)
 
     def after(self, step: Transform | FinetuneStrategy) -> Recipe:
         """Return the recipe with the shelf of a step."""
-        self.parts = (*self.parts, step)
+        self.parts = (*self.parts, step, self.slots if getattr(step, "reads_slots", True) else None)
         return replace(self.recipe, shelf=self.shelf.of(step.name, *self.parts))
 
     def true_of(self, model: nn.Module, kind: str) -> Shelf:

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 class Transform(ABC):
-    """Rewrite a float model in place; its function is kept, or the docstring says it is not."""
+    """Rewrite a float model in place; its function is kept, or the docstring says it is not.
+
+    reads_slots: whether bits, granularity and target change what it does; where not, what it keeps on its
+        shelf serves every point of a sweep over them.
+    """
 
     name: ClassVar[str]
+    reads_slots: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> None:

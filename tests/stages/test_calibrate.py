@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from qpipe_methods.calibrator.moving_average import MovingAverageCalibrator
+from qpipe_methods.granularity.layer import PerLayer
+from qpipe_methods.quantizer.uniform import UniformQuantizer
 from torch import Tensor, multiprocessing, nn
 
+from qpipe import Histogram, QuantSpec, Role, Slot
 from qpipe.choices import build_recipe, library_config
 from qpipe.errors import DataError, RecipeError
 from qpipe.nn import edge_quantizers, weight_quantizers
@@ -95,14 +99,15 @@ def test_an_edge_that_no_batch_reaches_is_named_and_stays_float() -> None:
     model(torch.randn(5, 6))
 
 
+class OfAllValues(UniformQuantizer):
+    needs = Histogram
+
+
 def test_what_cannot_be_seen_in_one_pass_is_refused() -> None:
-    registry = PluginRegistry.load_installed()
-    choices = {"quantizer": "codebook", "calibrator": "moving_average"}
-    recipe = build_recipe(library_config(choices, exporting=False), registry)
-    assert recipe.activation is not None
-    if recipe.activation.quantizer.uses_range:
-        with pytest.raises(RecipeError, match="cannot share one pass"):
-            needed(recipe.activation)
+    spec = QuantSpec(num_bits=8, role=Role.ACTIVATION)
+    slot = Slot(OfAllValues(), MovingAverageCalibrator(), PerLayer(), spec)
+    with pytest.raises(RecipeError, match="cannot share one pass"):
+        needed(slot)
 
 
 CALIBRATORS = ("minmax", "moving_average", "kl")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qpipe import DataError, Recipe, Task, Transform, hookimpl
-from qpipe.graph import Call, Recording, record
+from qpipe.graph import Call, Recording, record, short_call
 from qpipe.nn import channels_first
 from qpipe.task import Batches
 from qpipe_methods.normal import note_normal
@@ -39,12 +39,14 @@ class FoldBatchNorm(Transform):
     """
 
     name = "fold_bn"
+    reads_slots = False
 
     def apply(self, model: nn.Module, batches: Batches, task: Task, recipe: Recipe) -> None:
         """Fold what can be folded; the function in evaluation is kept."""
         args, kwargs = next((task.inputs(batch) for batch in batches), (None, None))
         if args is None or kwargs is None:
             raise DataError("the calibration set is empty; give it at least one batch")
+        args, kwargs = short_call(model, (args, kwargs), recipe.shelf.of("graph"))
         for layer, norm in _pairs(model, record(model, args, kwargs)):
             _fold(layer, norm)
             note_normal(layer, norm)
