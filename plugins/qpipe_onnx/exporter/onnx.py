@@ -154,8 +154,8 @@ def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:
             "ONNX Runtime does not multiply by codes; use granularity=channel, or activation=null (and "
             "exporter.onnx.accuracy_level=4 to round activations in blocks while running)"
         )
-    if blocks > 1 and not spec.symmetric:
-        return "ONNX Runtime wants one zero point for all channels; use weight.symmetric=true"
+    if blocks > 1 and not spec.symmetric and spec.num_bits == 8:  # convert() centres fewer bits
+        return "ONNX Runtime wants one zero point for all channels of 8 bits; use weight.symmetric=true"
     return None
 
 
