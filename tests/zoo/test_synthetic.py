@@ -45,6 +45,15 @@ def test_samples_are_made_when_asked_for_and_always_the_same() -> None:
     assert not torch.equal(next(iter(data.test_dataloader())), next(iter(data.train_dataloader())))
 
 
+def test_samples_are_made_inside_a_prediction_loop_too() -> None:
+    model = resnet_digits()
+    data = Synthetic(model, (1, 8, 8), count=4, batch_size=4, iterations=2)
+    again = Synthetic(model, (1, 8, 8), count=4, batch_size=4, iterations=2)
+    with torch.inference_mode():
+        x = data.parts[0][1]
+    assert torch.equal(x, again.parts[0][1])
+
+
 def test_no_iterations_is_noise() -> None:
     part = Distilled(resnet_digits(), (1, 8, 8), 512, 512, 0, 0.1, 0)
     x = torch.stack([*part])

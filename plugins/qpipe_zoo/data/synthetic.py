@@ -62,10 +62,10 @@ def distilled(model: nn.Module, x: Tensor, iterations: int, lr: float) -> tuple[
     Returns:
         the samples, and the loss before and after.
     """
-    x = x.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iterations, 1))
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # it may be a prediction loop that asks
+        x = x.clone().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iterations, 1))
         before = statistics_loss(model, x)
         for _ in range(iterations):
             loss = statistics_loss(model, x)
