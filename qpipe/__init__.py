@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.finetune import FinetuneStrategy
     from qpipe.kinds.granularity import Granularity
     from qpipe.kinds.quantizer import Quantizer
+    from qpipe.kinds.sweeper import Sweeper
     from qpipe.kinds.tracker import Tracker
     from qpipe.kinds.transform import Transform
     from qpipe.loading import load
@@ -44,6 +45,7 @@ _HOME = {
     "kinds.finetune": ["FinetuneStrategy"],
     "kinds.granularity": ["Granularity"],
     "kinds.quantizer": ["Quantizer"],
+    "kinds.sweeper": ["Sweeper"],
     "kinds.tracker": ["Tracker"],
     "kinds.transform": ["Transform"],
     "loading": ["load"],

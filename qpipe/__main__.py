@@ -51,10 +51,13 @@ def _main(arguments: argparse.Namespace) -> int:
 def _compose(arguments: argparse.Namespace) -> tuple[list[list[str]], list[dict[str, Any]]]:
     from qpipe.config import compose_config
     from qpipe.launchers import split
-    from qpipe.overrides import expand
+    from qpipe.overrides import expand, split_sweeper
 
     if arguments.multirun:
         arguments.launcher, arguments.words = split(arguments.words)
+        arguments.sweeper, arguments.words = split_sweeper(arguments.words)
+        if arguments.sweeper:
+            return [], []
     jobs = expand(arguments.words, arguments.multirun)
     return jobs, [compose_config(words, arguments.config) for words in jobs]
 
@@ -68,6 +71,10 @@ def _run(jobs: list[list[str]], configs: list[dict[str, Any]], arguments: argpar
     for message in registry.notices:
         notice(message)
     set_up_logs()
+    if arguments.multirun and arguments.sweeper:
+        from qpipe.search import run_search
+
+        return run_search(arguments.words, arguments.sweeper, registry, arguments.config, arguments.launcher)
     if arguments.multirun:
         from qpipe.sweep import run_sweep
 

@@ -139,11 +139,14 @@ def _told(said: Any) -> None:  # noqa: ANN401  # a sentence, or rows
     _table(head, [tuple(_cell(row.get(key)) for key in head) for row in said])
 
 
-def sweep(rows: Sequence[Row], folder: Path | None = None, where: str | None = None) -> None:
+def sweep(
+    rows: Sequence[Row], folder: Path | None = None, where: str | None = None, findings: Sequence[str] = ()
+) -> None:
     """Print one line for each job, where they are, then why each failed one did and what repeats it.
 
     Args:
         where: the tracker's word for it.
+        findings: sentences of its sweeper.
     """
     done = [row.metrics for row in rows if row.metrics]
     columns = list(dict.fromkeys((v, name) for metrics in done for v in metrics for name in metrics[v]))
@@ -153,6 +156,8 @@ def sweep(rows: Sequence[Row], folder: Path | None = None, where: str | None = N
         for row in rows
     ]
     _table(("job", "", *(f"{v} {name}" for v, name in columns)), table)
+    for finding in findings:
+        _line(finding)
     if folder:
         _line(f"sweep folder: {folder} (look at sweep.html)")
     if where:

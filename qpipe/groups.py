@@ -13,6 +13,8 @@ _ORDER = (
     *("layers", "transform", "bits", "finetune", "evaluator", "exporter", "tracker", "trainer", "experiment"),
 )
 
+_HYDRAS = {"sweeper": "hydra/sweeper"}  # chosen by a word of Hydra's own
+
 
 @dataclass(frozen=True)
 class Option:
@@ -40,7 +42,8 @@ def groups() -> dict[str, dict[str, Option]]:
     found: dict[str, dict[str, Option]] = {}
     for folder in [conf_dir(), *(package.folder for package in installed_packages()[0])]:
         for path in sorted(folder.glob("*/*.yaml")):
-            found.setdefault(path.parent.name, {}).setdefault(path.stem, Option(path))
+            group = _HYDRAS.get(path.parent.name, path.parent.name)
+            found.setdefault(group, {}).setdefault(path.stem, Option(path))
     return found
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qpipe.kinds.finetune import FinetuneStrategy
     from qpipe.kinds.granularity import Granularity
     from qpipe.kinds.quantizer import Quantizer
+    from qpipe.kinds.sweeper import Sweeper
     from qpipe.kinds.tracker import Tracker
     from qpipe.kinds.transform import Transform
 
@@ -58,3 +59,8 @@ def qpipe_register_exporter() -> list[type[Exporter]]:  # type: ignore[empty-bod
 @hookspec
 def qpipe_register_tracker() -> list[type[Tracker]]:  # type: ignore[empty-body]
     """Offer places where runs are recorded."""
+
+
+@hookspec
+def qpipe_register_sweeper() -> list[type[Sweeper]]:  # type: ignore[empty-body]
+    """Offer ways to choose the points of a sweep by what earlier ones gave."""

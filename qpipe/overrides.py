@@ -8,17 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, ValueType
 from hydra.errors import HydraException
 
 from qpipe.errors import RecipeError
 from qpipe.groups import Option
+from qpipe.kinds.sweeper import Choice, Domain, Interval
 from qpipe.registry import suggest
 
 SLOTS = ("weight", "activation")
 SEVERAL = ("transform", "finetune", "evaluator", "exporter")
 OBJECTS = ("model", "data", "task", "trainer")  # built by `_target_`: their keys are their constructor's
 _OURS = "data.calibration"
+SWEEPER, SWEEPER_KEYS = "hydra/sweeper", "hydra.sweeper."
+_OF_SWEEPS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper")
 _Groups = Mapping[str, Mapping[str, Option]]
 
 
@@ -30,6 +33,25 @@ def expand(words: Sequence[str], multirun: bool) -> list[list[str]]:
     """
     offers = [list(_offers(_parse(word), word, multirun)) for word in words]
     return [list(job) for job in itertools.product(*offers)]
+
+
+def search_space(words: Sequence[str]) -> tuple[list[str], dict[str, Domain]]:
+    """Return the words that are given, and what a sweeper may choose of the others, by what is left of '='.
+
+    Raises:
+        RecipeError: a word does not parse, or offers what has no end.
+    """
+    parsed = [(_parse(word), word) for word in words]
+    fixed = [word for override, word in parsed if not override.is_sweep_override()]
+    varied = [(override, word) for override, word in parsed if override.is_sweep_override()]
+    return fixed, {str(override.get_key_element()): _domain(override, word) for override, word in varied}
+
+
+def split_sweeper(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that choose a sweeper, and the others; Hydra's own, 'basic', is none."""
+    ours = [word for word in words if word.lstrip("+").startswith((f"{SWEEPER}=", SWEEPER_KEYS))]
+    rest = [word for word in words if word not in ours]
+    return [word for word in ours if word != f"{SWEEPER}=basic"], rest
 
 
 def unfold(words: Sequence[str], groups: _Groups) -> list[str]:
@@ -83,9 +105,37 @@ def _offers(override: Override, word: str, multirun: bool) -> Iterator[str]:
     if not multirun:
         raise RecipeError(f"'{word}' offers several values; add -m to run them all, or [a,b] for a list")
     if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
-        raise RecipeError(f"'{word}' cannot be enumerated; write the values, or range(start,stop,step)")
+        raise RecipeError(
+            f"'{word}' cannot be enumerated; write the values, or range(start,stop,step), "
+            f"or let a sweeper choose: {SWEEPER}=…"
+        )
     for value in override.sweep_string_iterator():
         yield f"{override.get_key_element()}={value}"
+
+
+def _domain(override: Override, word: str) -> Domain:
+    offered = override.value()
+    if isinstance(offered, IntervalSweep):
+        return _interval(offered, word)
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        raise RecipeError(f"'{word}' cannot be searched; write the values")
+    if isinstance(offered, RangeSweep):
+        values = sorted(offered.range())
+        if not values:
+            raise RecipeError(f"'{word}' offers nothing; a range ends before its second number")
+        return Interval(values[0], values[-1], abs(offered.step))
+    return Choice(tuple(override.sweep_string_iterator()))
+
+
+def _interval(offered: IntervalSweep, word: str) -> Interval:
+    low, high = offered.start, offered.end
+    if wrong := offered.tags - {"log"}:
+        raise RecipeError(f"'{word}': tag '{min(wrong)}' has no meaning; there is tag(log,interval(…))")
+    if low is None or high is None or low > high:
+        raise RecipeError(f"'{word}' begins above its end")
+    if "log" in offered.tags and low <= 0:
+        raise RecipeError(f"'{word}': ratios count in it, so it begins above 0")
+    return Interval(low, high, log="log" in offered.tags)
 
 
 def _unfolded(word: str, groups: _Groups) -> Iterator[str]:
@@ -130,8 +180,8 @@ def _text(override: Override) -> str:
 
 def _check_option(override: Override, groups: _Groups) -> None:
     group, value = override.key_or_group, override.value()
-    if group.startswith(("hydra/launcher", "hydra.launcher")):
-        raise RecipeError(f"'{override.input_line}' says how the jobs of a sweep are carried out; add -m")
+    if group.startswith(_OF_SWEEPS):
+        raise RecipeError(f"'{override.input_line}' says how a sweep is done; add -m")
     if override.is_hydra_override():
         raise RecipeError(
             f"'{override.input_line}' has no effect: qpipe alone decides where a run goes; use out="

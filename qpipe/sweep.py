@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -90,6 +91,8 @@ class Sweep:
     Args:
         id: of what its jobs are and of the code that runs them.
         parent: the tracker's name for it.
+        judged: the figures a sweeper looked at, as 'variant.metric'.
+        findings: what it found, a sentence each.
     """
 
     folder: Path
@@ -99,6 +102,8 @@ class Sweep:
     rows: list[Row]
     status: str = "running"
     parent: str | None = None
+    judged: Sequence[str] = ()
+    findings: Sequence[str] = ()
 
     def write(self) -> None:
         """Write both files, each at once."""
@@ -109,7 +114,8 @@ class Sweep:
     def as_dict(self) -> dict[str, Any]:
         """Return what sweep.json holds."""
         head = {"format": "qpipe-sweep", "version": 1}
-        own = {key: getattr(self, key) for key in ("id", "command", "status", "parent", "axes")}
+        keys = ("id", "command", "status", "parent", "axes", "judged", "findings")
+        own = {key: getattr(self, key) for key in keys}
         jobs = [{**vars(row), "words": list(row.words)} for row in self.rows]
         return {**head, **own, "jobs": jobs, "aggregated": list(over_seeds(self.rows))}
 
@@ -165,37 +171,49 @@ def run_sweep(
     Raises:
         RecipeError: the folder holds something else, or another process runs this sweep.
     """
-    if configs[0]["plan"]:
-        return _plan(_rows(jobs, flags), configs, registry)
     rows = _rows(jobs, flags)
+    if configs[0]["plan"]:
+        return plan_jobs(rows, configs, registry)
     launch_all = build_launcher(launcher)
-    sweep = _sweep(rows, configs, console.command(["-m", *flags, *launcher, *typed]))
-    with _only_one(sweep):
-        return _run(sweep, configs, registry, launch_all)
+    command = console.command(["-m", *flags, *launcher, *typed])
+    sweep = open_sweep(rows, [chosen(config) for config in configs], configs[0]["out"], command)
+    batch = list(zip(rows, configs, strict=True))
+    with only_one(sweep):
+        return run_jobs(sweep, [batch], registry, launch_all, wanted(configs, registry), len(rows))
 
 
-def _run(
-    sweep: Sweep, configs: Sequence[_Config], registry: PluginRegistry, launch_all: Launch[Work, Row]
+def run_jobs(
+    sweep: Sweep,
+    batches: Iterable[Sequence[tuple[Row, _Config]]],
+    registry: PluginRegistry,
+    launch_all: Launch[Work, Row],
+    also: Mapping[str, Collection[type[Statistics]]],
+    count: int,
 ) -> int:
+    """Carry out batches of jobs, rows of the sweep, one batch after the other; return the exit code.
+
+    Args:
+        also: statistics that later jobs will want.
+        count: of all jobs.
+    """
+    pairs = iter(batches)
+    first = next(pairs)
+    config = first[0][1]
     sweep.write()
-    tracker = make_tracker(configs[0], registry)
-    sweep.parent = tracker.start_sweep(configs[0], sweep.parent) if tracker else None
+    tracker = make_tracker(config, registry)
+    sweep.parent = tracker.start_sweep(config, sweep.parent) if tracker else None
     bad: list[Row] = []
     _of_this_process.cache_clear()
-    also = wanted(configs, registry)
-    work = [
-        Work(row, {**config, "out": str(sweep.folder / row.folder)}, sweep.parent, also, len(configs))
-        for row, config in zip(sweep.rows, configs, strict=True)
-    ]
+
     try:
         sweep.write()
-        for done, row in enumerate(launch_all(carry_out, work, sweep.folder), 1):
-            row = _failed(row) if isinstance(row, Lost) else row
+        rows = _carried_out(sweep, itertools.chain([first], pairs), launch_all, also, count)
+        for done, row in enumerate(rows, 1):
             if row is not sweep.rows[row.index]:  # of another process, which prints elsewhere
-                console.notice(f"{done} of {len(work)} done: {row.varied} {row.status}")
+                console.notice(f"{done} of {count} done: {row.varied} {row.status}")
             sweep.rows[row.index] = row
             sweep.write()
-            if row.status in ("failed", "missed") and configs[0]["fail_fast"]:
+            if row.status in ("failed", "missed") and config["fail_fast"]:
                 break
         bad = [row for row in sweep.rows if row.status in ("failed", "missed")]
         sweep.status = "failed" if bad else "finished"
@@ -207,8 +225,24 @@ def _run(
         where = None
         if tracker and sweep.parent:
             where = tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
-        console.sweep(sweep.rows, sweep.folder, where)
+        console.sweep(sweep.rows, sweep.folder, where, sweep.findings)
     return 4 if bad else 0
+
+
+def _carried_out(
+    sweep: Sweep,
+    batches: Iterable[Sequence[tuple[Row, _Config]]],
+    launch_all: Launch[Work, Row],
+    also: Mapping[str, Collection[type[Statistics]]],
+    count: int,
+) -> Iterator[Row]:
+    for batch in batches:
+        work = [
+            Work(row, {**config, "out": str(sweep.folder / row.folder)}, sweep.parent, also, count)
+            for row, config in batch
+        ]
+        for row in launch_all(carry_out, work, sweep.folder):
+            yield _failed(row) if isinstance(row, Lost) else row
 
 
 def wanted(configs: Sequence[_Config], registry: PluginRegistry) -> dict[str, set[type[Statistics]]]:
@@ -285,7 +319,8 @@ def _attempt(
         row.seconds = time.perf_counter() - start
 
 
-def _plan(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegistry) -> int:
+def plan_jobs(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegistry) -> int:
+    """Say what each job would do; return the exit code."""
     session = Session(several=True)
     for row, config in zip(rows, configs, strict=True):
         console.notice(f"job {row.index + 1} of {len(rows)}: {row.varied}")
@@ -294,11 +329,22 @@ def _plan(rows: Sequence[Row], configs: Sequence[_Config], registry: PluginRegis
     return 4 if any(row.status == "failed" for row in rows) else 0
 
 
-def _sweep(rows: list[Row], configs: Sequence[_Config], command: str) -> Sweep:
-    """Return the sweep of these jobs, as far as its folder says it was done."""
-    what = [{k: v for k, v in config.items() if k not in PLACE} for config in configs]
+def chosen(config: _Config) -> dict[str, Any]:
+    """Return what of a configuration a result depends on."""
+    return {key: value for key, value in config.items() if key not in PLACE}
+
+
+def open_sweep(rows: list[Row], what: object, out: str | None, command: str) -> Sweep:
+    """Return the sweep of these jobs, as far as its folder says it was done.
+
+    Args:
+        what: plain data that makes it this sweep and no other.
+        command: that made it.
+
+    Raises:
+        RecipeError: the folder holds something else.
+    """
     name = digest(what, code_version())
-    out = configs[0]["out"]
     folder = Path(out or f"runs/sweep-{name[:12]}").expanduser().absolute()
     stored = _stored(folder, out)
     if stored and stored.get("id") != name:
@@ -310,7 +356,10 @@ def _sweep(rows: list[Row], configs: Sequence[_Config], command: str) -> Sweep:
         row.command = console.command([*row.words, f"out={folder / row.folder}"])
     for row, before in zip(rows, stored.get("jobs", ()), strict=False):
         row.seconds = before["seconds"]
-    axes = {axis: list(dict.fromkeys(row.overrides[axis] for row in rows)) for axis in rows[0].overrides}
+    axes = {
+        axis: list(dict.fromkeys(row.overrides[axis] for row in rows))
+        for axis in (rows[0].overrides if rows else ())
+    }
     return Sweep(folder, name, command, axes, rows, parent=stored.get("parent"))
 
 
@@ -331,12 +380,12 @@ def _rows(jobs: Sequence[Sequence[str]], flags: Sequence[str]) -> list[Row]:
     for index, words in enumerate(jobs):
         own = [word for word in words if not word.startswith("out=")]
         pairs = (word.partition("=") for word in own if word not in same)
-        overrides = {key.lstrip("+"): _value(value) for key, _, value in pairs}
+        overrides = {key.lstrip("+"): plain_value(value) for key, _, value in pairs}
         rows.append(Row(index, overrides, [*flags, *own], str(index), console.command([*flags, *own])))
     return rows
 
 
-def _value(text: str) -> Any:  # noqa: ANN401
+def plain_value(text: str) -> Any:  # noqa: ANN401
     """Return a word's value as plain data; what is no number and no truth value stays as it was typed."""
     try:
         value = yaml.safe_load(text)
@@ -354,7 +403,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _only_one(sweep: Sweep) -> Iterator[None]:
+def only_one(sweep: Sweep) -> Iterator[None]:
     """Keep a second process off the sweep's folder, and clear what a killed one left half done."""
     from filelock import FileLock, Timeout
 

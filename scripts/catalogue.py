@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 KINDS = (
     *("transform", "granularity", "calibrator", "quantizer"),
-    *("finetune", "evaluator", "exporter", "tracker"),
+    *("finetune", "evaluator", "exporter", "tracker", "sweeper"),
 )
 HEAD = """# Methods
 

@@ -43,7 +43,7 @@ def toy(name: str) -> dict[str, str]:
 def test_kinds_are_the_hooks() -> None:
     assert set(KINDS) == {
         *("transform", "granularity", "calibrator", "quantizer"),
-        *("finetune", "evaluator", "exporter", "tracker"),
+        *("finetune", "evaluator", "exporter", "tracker", "sweeper"),
     }
     assert all(callable(getattr(hookspecs, f"qpipe_register_{kind}")) for kind in KINDS)
 

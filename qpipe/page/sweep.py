@@ -65,7 +65,8 @@ def sweep_page(sweep: Row) -> str:
     """Return the page of a sweep as HTML."""
     points = list(_points(sweep))
     columns = _columns(points)
-    quality = _quality(points, columns)
+    judged = [c for c in sweep.get("judged", ()) if c in columns and not words.better_low(c)]
+    quality = judged[0] if judged else _quality(points, columns)
     costs = [c for c in (_cost(quality, cost, columns) for cost in _COSTS) if quality and c]
     axes = _axes(sweep, points)
     effects = sorted(_effects(points, axes, quality), key=lambda effect: -effect["span"])
@@ -78,7 +79,11 @@ def sweep_page(sweep: Row) -> str:
         command=sweep["command"],
         axes=axes,
         quality=quality,
-        findings=[*_findings(points, quality, costs), *_strongest(effects, quality)],
+        findings=[
+            *sweep.get("findings", ()),
+            *_findings(points, quality, costs),
+            *_strongest(effects, quality),
+        ],
         fronts=[front for cost in costs if (front := _front_plot(points, quality, cost))],
         undrawn=[p.name for p in points if quality and p.value(quality) is None],
         effects=effects,

@@ -37,14 +37,21 @@ def check_gate(model: nn.Module, task: Task, recipe: Recipe) -> None:
     Raises:
         RecipeError: says what is measured.
     """
-    undeclared = any(type(e).measure is not Evaluator.measure and not e.measured for e in recipe.evaluators)
-    if not undeclared and not has_own_steps(model):
-        recipe.gate.expect(*(_expected(task, recipe, variant) for variant in ("fp32", "simulated")))
+    fp32, simulated = (expected(model, task, recipe, variant) for variant in ("fp32", "simulated"))
+    if fp32 is not None and simulated is not None:
+        recipe.gate.expect(fp32, simulated)
 
 
-def _expected(task: Task, recipe: Recipe, variant: str) -> Collection[str]:
+def expected(model: nn.Module, task: Task, recipe: Recipe, variant: str) -> Collection[str] | None:
+    """Return the names that will be measured of a variant; None: that cannot be told before the run."""
+    if has_own_steps(model) or any(_is_undeclared(evaluator) for evaluator in recipe.evaluators):
+        return None
     metrics = [name for evaluator in recipe.evaluators for name in evaluator.metrics(task, variant)]
     return [*metrics, *(name for evaluator in recipe.evaluators for name in evaluator.measured)]
+
+
+def _is_undeclared(evaluator: Evaluator) -> bool:
+    return type(evaluator).measure is not Evaluator.measure and not evaluator.measured
 
 
 def evaluate(

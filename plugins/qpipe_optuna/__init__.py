@@ -1,0 +1,1 @@
+qpipe_api = 1
