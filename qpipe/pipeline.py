@@ -18,6 +18,7 @@ from qpipe.identity import model_digest
 from qpipe.nn import edge_quantizers
 from qpipe.noise import quiet
 from qpipe.packing import payload_bytes
+from qpipe.page.render import only_a_page
 from qpipe.page.run import write_page
 from qpipe.recipe import Recipe, Reference
 from qpipe.record import environment, staged, write_record
@@ -97,7 +98,8 @@ def run(
         )
         write_record(report, config, staging, samples)
         if folder:
-            write_page(staging, known_as=folder)
+            with only_a_page(folder):
+                write_page(staging, known_as=folder)
     return simulation, report
 
 

@@ -38,6 +38,7 @@ from qpipe.jobs import (
     run_job,
 )
 from qpipe.launchers import Launch, Lost, build_launcher
+from qpipe.page.render import only_a_page
 from qpipe.page.sweep import write_sweep_page
 from qpipe.record import strict, write_aside
 from qpipe.stages.calibrate import needed
@@ -221,7 +222,8 @@ def run_jobs(
         _of_this_process.cache_clear()  # models and results of a sweep that is over
         sweep.status = "killed" if sweep.status == "running" else sweep.status
         sweep.write()
-        write_sweep_page(sweep.folder)
+        with only_a_page(sweep.folder):
+            write_sweep_page(sweep.folder)
         where = None
         if tracker and sweep.parent:
             where = tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)

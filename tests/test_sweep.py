@@ -150,3 +150,20 @@ def test_seeds_are_one_row() -> None:
         "mean": 93.0,
         "sd": pytest.approx(13**0.5),  # of a sample: ((-3)^2 + (-1)^2 + 4^2) / 2
     }
+
+
+def test_a_page_that_cannot_be_made_is_a_warning(
+    toyrun: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise KeyError("no such figure")
+
+    monkeypatch.setattr("qpipe.page.run.run_page", broken)
+    monkeypatch.setattr("qpipe.page.sweep.sweep_page", broken)
+    assert toyrun("-m", "weight.num_bits=8,4", "out=sweep") == 0
+    assert {row["status"] for row in stored()["jobs"]} == {"finished"}
+    said = [record.message for record in caplog.records if "could not be written" in record.message]
+    assert len(said) == 3
+    assert all("KeyError: 'no such figure'" in each and "all else is there" in each for each in said)
+    assert Path("sweep/0/report.json").is_file()
+    assert not Path("sweep/0/report.html").exists()

@@ -7,6 +7,7 @@ import csv
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Row = Mapping[str, Any]
+log = logging.getLogger("qpipe")
+
+
+@contextmanager
+def only_a_page(folder: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a page into a warning: what it shows is there without it."""
+    try:
+        yield
+    except Exception as error:
+        why = error if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
+        log.warning("the page of %s could not be written: %s; all else is there", folder, why)
 
 
 @functools.cache
