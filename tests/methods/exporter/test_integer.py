@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qpipe import Artifact, DataError, ExportContext, Recipe, RecipeError, Task
+from qpipe.choices import build_recipe, library_config
 from qpipe.nn import edge_quantizers, weight_quantizers
+from qpipe.registry import PluginRegistry
 
 MakeContext = Callable[..., ExportContext]
 Exported = tuple[IntegerModule, Artifact, Path]
@@ -123,7 +125,8 @@ def digits() -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     model = resnet_digits()
     batches = [torch.rand(16, 1, 8, 8)]
-    FoldBatchNorm().apply(model, batches, Task(), None)  # type: ignore[arg-type]
+    recipe = build_recipe(library_config({}, exporting=False), PluginRegistry.load_installed())
+    FoldBatchNorm().apply(model, batches, Task(), recipe)
     return model, batches
 
 
@@ -313,6 +316,6 @@ def test_weights_alone_and_several_scales_a_channel_cannot_be_expressed(
 ) -> None:
     recipe = make_recipe()
     assert recipe.weight is not None
-    assert "needs quantized" in str(IntegerExporter().reason_not(replace(recipe, activation=None)))
+    assert "leave neither of them null" in str(IntegerExporter().reason_not(replace(recipe, activation=None)))
     fine = replace(recipe.weight, granularity=PerSubchannel(group_size=64))
     assert "more scales" in str(IntegerExporter().reason_not(replace(recipe, weight=fine)))
