@@ -15,6 +15,7 @@ from torch import nn
 from qpipe import cli
 from qpipe.identity import data_digest, model_digest
 
+REUSED = ["baseline (5)", "graph (1)", "ranges (1)", "statistics (2)"]
 Run = Callable[..., int]
 THINGS = """
 import torch
@@ -114,14 +115,14 @@ def test_a_second_run_reads_the_calibration_data_no_more(counted: Run) -> None:
     assert first["metrics"] == second["metrics"] == third["metrics"]
     assert first["tables"] == second["tables"]
     assert first["reused"] == third["reused"] == []
-    assert second["reused"] == ["baseline (4)", "statistics (2)"]
+    assert second["reused"] == REUSED
 
 
 def test_it_says_so(counted: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert counted("out=a") == 0
     assert "reused" not in capsys.readouterr().err
     assert counted("out=b") == 0
-    assert "note: reused: baseline (4), statistics (2); cache=false computes" in capsys.readouterr().err
+    assert f"note: reused: {', '.join(REUSED)}; cache=false computes" in capsys.readouterr().err
     assert cli.main(["cache", "clear"]) == 0
     assert counted("out=c") == 0
     assert "note: reused" not in capsys.readouterr().err
@@ -181,7 +182,7 @@ def test_a_longer_sweep_takes_the_points_of_a_shorter_one(counted: Run) -> None:
     assert counted("-m", "weight.num_bits=8,4", "out=more") == 0  # what it knew of is gone
     rows = json.loads(Path("more/sweep.json").read_text())["jobs"]
     assert [row["reused"] for row in rows] == [False, False]
-    assert report("more/0")["reused"] == ["baseline (4)", "statistics (2)"]
+    assert report("more/0")["reused"] == REUSED
 
 
 def test_data_without_a_name_is_trusted_within_one_sweep_only(counted: Run) -> None:
