@@ -20,6 +20,7 @@ SLOTS = ("weight", "activation")
 SEVERAL = ("transform", "finetune", "evaluator", "exporter")
 OBJECTS = ("model", "data", "task", "trainer")  # built by `_target_`: their keys are their constructor's
 _OURS = "data.calibration"
+_BY_RATIO = "log"  # a tag in the command line's words
 SWEEPER, SWEEPER_KEYS = "hydra/sweeper", "hydra.sweeper."
 _OF_SWEEPS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper")
 _Groups = Mapping[str, Mapping[str, Option]]
@@ -129,13 +130,13 @@ def _domain(override: Override, word: str) -> Domain:
 
 def _interval(offered: IntervalSweep, word: str) -> Interval:
     low, high = offered.start, offered.end
-    if wrong := offered.tags - {"log"}:
+    if wrong := offered.tags - {_BY_RATIO}:
         raise RecipeError(f"'{word}': tag '{min(wrong)}' has no meaning; there is tag(log,interval(…))")
     if low is None or high is None or low > high:
         raise RecipeError(f"'{word}' begins above its end")
-    if "log" in offered.tags and low <= 0:
+    if _BY_RATIO in offered.tags and low <= 0:
         raise RecipeError(f"'{word}': ratios count in it, so it begins above 0")
-    return Interval(low, high, log="log" in offered.tags)
+    return Interval(low, high, log=_BY_RATIO in offered.tags)
 
 
 def _unfolded(word: str, groups: _Groups) -> Iterator[str]:
