@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from efficientnet import Crops, export_float, session
+from efficientnet import export_float, session, theirs
 from torch import Tensor, nn
 
 import qpipe
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "percentile": {"calibrator": "percentile"},
     "minmax, bias_correction": {"finetune": ["bias_correction"]},
 }
-STATIC = {"minmax": "MinMax", "percentile": "Percentile"}
+STATIC = ("minmax", "percentile")
 PRESETS = ("PERFORMANCE", "MIXED")
 CALLS = {1: 20, 32: 2}
 
@@ -109,23 +109,6 @@ def ours(model: nn.Module, crops: Tensor, engine: str, recipe: dict[str, Any], o
     return in_openvino(openvino.Core().read_model(path.parent / "model.xml"))
 
 
-def static(float_file: Path, crops: Tensor, method: str, folder: Path) -> tuple[Run, Any]:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    path = folder / f"static-{method}.onnx"
-    quantize_static(
-        float_file,
-        path,
-        Crops(session(float_file).get_inputs()[0].name, crops),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=getattr(CalibrationMethod, method),
-    )
-    return in_onnxruntime(path)
-
-
 def nncf(model: nn.Module, crops: Tensor, preset: str) -> tuple[Run, Any]:
     import nncf
     import openvino
@@ -160,7 +143,8 @@ def rows(model: nn.Module, crops: Tensor, engine: str, folder: Path) -> dict[str
         return {f"NNCF, {preset.lower()}": nncf(model, crops, preset) for preset in PRESETS} | made
     path = folder / "fp32.onnx"
     export_float(model, crops, path)
-    return {f"quantize_static, {name}": static(path, crops, m, folder) for name, m in STATIC.items()} | made
+    static = {f"quantize_static, {m}": in_onnxruntime(theirs(m, path, crops, folder)) for m in STATIC}
+    return static | made
 
 
 def main() -> None:
