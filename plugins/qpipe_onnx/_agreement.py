@@ -70,7 +70,7 @@ def _executed(path: Path, call: Call) -> _Executed:
     tables = _tables.decoded(model.graph)
     for node in model.graph:
         match = _QUANTIZED.fullmatch(str(node.outputs[0].name))
-        if node.op_type == "QuantizeLinear" and match:
+        if node.op_type in ("QuantizeLinear", "Max", "Min") and match:
             turns[int(match.group(1) or 0)] = node.outputs[0]
         layers += [found] if (found := _weights.layer(node, tables)) is not None else []
         asked |= {v: None for v in node.outputs if _DYNAMIC.fullmatch(str(v.name))}

@@ -20,6 +20,7 @@ from qpipe_onnx._nodes import (
 )
 
 _BIAS_CODES = 2**30  # half of int32, the other half is left to the sum
+_CLIPS = ("Clip", "Max", "Min", "Relu")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _PASSTHROUGH = (
     "Flatten",
@@ -65,9 +66,9 @@ def fuse(model: ir.Model) -> None:
     for node in [*model.graph]:
         if node.op_type in _PASSTHROUGH:
             _move_codes(model.graph, node)
-    for node in [*model.graph]:
-        if node.op_type in ("Relu", "Clip"):
-            _drop_saturated(model.graph, node)
+    for node in reversed([*model.graph]):  # of two clips the last first: the other then meets the quantizer
+        if node.op_type in _CLIPS:
+            _clip_codes(model.graph, node)
         elif node.op_type in ("Conv", "Gemm"):
             _quantize_bias(model.graph, node)
     _dynamic.lower(model.graph)
@@ -172,31 +173,65 @@ def _pad_inside(graph: ir.Graph, node: ir.Node) -> None:
     bypass(graph, node, node.inputs[0])
 
 
-def _drop_saturated(graph: ir.Graph, node: ir.Node) -> None:
-    """Drop a Relu or Clip whose bounds the saturation of the quantizers behind it implies."""
-    quantizers, bounds = node.outputs[0].consumers(), _bounds(node)
-    if bounds is not None and quantizers and all(_saturates(q, *bounds) for q in quantizers):
-        bypass(graph, node, node.inputs[0])
+def _clip_codes(graph: ir.Graph, node: ir.Node) -> None:
+    """Clip codes instead of what is rounded to them: rounding keeps order, so the codes are the same.
+
+    A bound that the saturation of the quantizer implies is dropped; one that differs by channel, which
+    equalized layers have, would leave the operation before it in floating point.
+    """
+    quantizers, bounds = [*node.outputs[0].consumers()], _bounds(node)
+    if bounds is None or not quantizers or any(_codes_of(q, bounds[1][0]) is None for q in quantizers):
+        return
+    x, (low, high) = bounds
+    for quantize in quantizers:
+        for op, bound in (("Min", high), ("Max", low)):  # behind the same node: the last comes first
+            _clip_behind(graph, quantize, op, _codes_of(quantize, bound))
+    bypass(graph, node, x)
 
 
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
+def _bounds(node: ir.Node) -> tuple[ir.Value | None, tuple[Array, Array]] | None:
+    """Return what a node clips, and the least and the largest value it lets pass."""
+    low, high = np.array(-np.inf, np.float32), np.array(np.inf, np.float32)
     if node.op_type == "Relu":
-        return 0.0, float("inf")
-    low, high = (constant(value) for value in (*node.inputs[1:], None, None)[:2])
-    if any(value is not None and constant(value) is None for value in node.inputs[1:]):
+        return node.inputs[0], (np.zeros_like(low), high)
+    if node.op_type in ("Max", "Min") and len(node.inputs) == 2:
+        for x, given in (node.inputs, reversed(node.inputs)):
+            if (bound := constant(given)) is not None:
+                return x, (bound, high) if node.op_type == "Max" else (low, bound)
+    if node.op_type == "Clip" and all(map(_is_absent_or_constant, node.inputs[1:])):
+        least, largest = (*map(constant, node.inputs[1:]), None, None)[:2]
+        return node.inputs[0], (low if least is None else least, high if largest is None else largest)
+    return None
+
+
+def _is_absent_or_constant(value: ir.Value | None) -> bool:
+    return value is None or constant(value) is not None
+
+
+def _codes_of(quantize: ir.Node, bound: Array) -> Array | None:
+    """Return what a quantizer with one scale makes of a bound."""
+    if quantize.op_type != "QuantizeLinear" or len(quantize.inputs) < 3:
         return None
-    return -np.inf if low is None else float(low), np.inf if high is None else float(high)
-
-
-def _saturates(node: ir.Node, low: float, high: float) -> bool:
-    if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
-        return False
-    scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2])
+    scale, zero_point = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     if scale is None or zero_point is None or scale.size != 1:
-        return False
-    limits, offset = np.iinfo(zero_point.dtype), float(zero_point.item())
-    codes = [np.rint(np.float32(bound) / scale.item()) + offset for bound in (low, high)]
-    return bool(codes[0] <= limits.min and codes[1] >= limits.max)
+        return None
+    limits = np.iinfo(zero_point.dtype)
+    codes = np.rint(np.asarray(bound, np.float32) / scale.item()) + float(zero_point.item())
+    clipped: Array = codes.clip(limits.min, limits.max).astype(zero_point.dtype)
+    return clipped
+
+
+def _clip_behind(graph: ir.Graph, quantize: ir.Node, op: str, bound: Array | None) -> None:
+    """Let an operation clip a quantizer's codes; it takes over their name, by which a proof finds them."""
+    if bound is None:
+        return
+    limits, codes = np.iinfo(bound.dtype), quantize.outputs[0]
+    if (bound == (limits.max if op == "Min" else limits.min)).all():
+        return
+    clip = ir.node(op, [codes, initializer(graph, f"{codes.name}.{op.lower()}", bound)])
+    replace(graph, codes, clip.outputs[0], but=clip)
+    clip.outputs[0].name, codes.name = codes.name, f"{codes.name}.unclipped"
+    graph.insert_after(quantize, clip)
 
 
 def _quantize_bias(graph: ir.Graph, node: ir.Node) -> None:

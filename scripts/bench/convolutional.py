@@ -1,7 +1,7 @@
 """Two convolutional networks in W8A8 and two engines: qpipe's file beside the engine's own tool, same crops.
 
     python scripts/bench/convolutional.py                             # needs the extra openvino, and nncf
-    python scripts/bench/convolutional.py --models resnet_digits --engines onnxruntime
+    python scripts/bench/convolutional.py --models resnet_digits --engines onnxruntime --recipes minmax
 
 ONNX Runtime's own tool is quantize_static, OpenVINO's is NNCF, each with the setting named in its row. SQNR
 is that of the logits to float32's; times are process CPU time of one thread in turns, an image. Bars: 0.97 of
@@ -34,6 +34,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "minmax": {},
     "percentile": {"calibrator": "percentile"},
     "minmax, bias_correction": {"finetune": ["bias_correction"]},
+    "layer": {"granularity": "layer"},
+    "layer, equalize, gptq": {  # experiment=w8_tensor_ptq
+        "granularity": "layer",
+        "transform": ["fold_bn", "equalize"],
+        "finetune": [{"name": "gptq", "shrinkage": 0.2}],
+    },
 }
 STATIC = ("minmax", "percentile")
 PRESETS = ("PERFORMANCE", "MIXED")
@@ -98,9 +104,8 @@ def ours(model: nn.Module, crops: Tensor, engine: str, recipe: dict[str, Any], o
         task=qpipe.Task(),
         out=out,
         evaluator=[],
-        granularity="channel",
         exporter=[{"name": exporter, "samples": 16, "compare_fp32": False}],
-        **recipe,
+        **{"granularity": "channel", **recipe},
     )
     path = out / report.artifacts[0].path
     if engine == "onnxruntime":
@@ -135,10 +140,12 @@ def cpu_ms(runs: dict[str, Run], crops: np.ndarray[Any, Any], rounds: int) -> di
     return {name: [statistics.median(taken) for taken in sizes] for name, sizes in times.items()}
 
 
-def rows(model: nn.Module, crops: Tensor, engine: str, folder: Path) -> dict[str, tuple[Run, Any]]:
+def rows(
+    model: nn.Module, crops: Tensor, engine: str, recipes: list[str], folder: Path
+) -> dict[str, tuple[Run, Any]]:
     made = {
-        f"qpipe, {name}": ours(model, crops, engine, recipe, folder / name)
-        for name, recipe in RECIPES.items()
+        f"qpipe, {name}": ours(model, crops, engine, RECIPES[name], folder / name.replace(", ", "-"))
+        for name in recipes
     }
     if engine == "openvino":
         return {f"NNCF, {preset.lower()}": nncf(model, crops, preset) for preset in PRESETS} | made
@@ -154,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
     parser.add_argument("--engines", nargs="*", default=["onnxruntime", "openvino"])
+    parser.add_argument("--recipes", nargs="*", default=[*RECIPES], choices=[*RECIPES], help="of qpipe")
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--evaluation", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -169,7 +177,7 @@ def main() -> None:
             reference = torch.cat([model(part) for part in evaluation.split(16)]).numpy()
         for engine in chosen.engines:
             with tempfile.TemporaryDirectory() as folder:
-                made = rows(model, calibration, engine, Path(folder))
+                made = rows(model, calibration, engine, chosen.recipes, Path(folder))
                 times = cpu_ms(
                     {row: run for row, (run, _) in made.items()}, evaluation.numpy(), chosen.rounds
                 )

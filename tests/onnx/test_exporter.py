@@ -15,7 +15,7 @@ from qpipe_onnx.exporter.onnx import OnnxExporter
 from torch import Tensor, nn
 
 from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, Task, convert
-from qpipe.nn import edge_quantizers
+from qpipe.nn import ChannelClip, edge_quantizers
 from qpipe.stages.prepare import prepare
 
 Exported = tuple[nn.Module, Artifact, Path]
@@ -205,7 +205,7 @@ def test_a_dead_channel_keeps_its_bias(export: Export) -> None:
     assert artifact.proof["nodes"]["QLinearConv"] == 4
 
 
-def test_a_clip_that_saturation_does_not_imply_stays(
+def test_a_clip_that_saturation_does_not_imply_is_taken_of_codes(
     make_recipe: Callable[..., Recipe], calibrate_on: Callable[..., None], tmp_path: Path
 ) -> None:
     model, batches = residual()
@@ -216,7 +216,23 @@ def test_a_clip_that_saturation_does_not_imply_stays(
     edge.scale = torch.full_like(edge.scale, 10 / 255)
     loud = [20 * batch for batch in batches]
     artifact = OnnxExporter().export(ExportContext(model, model, loud, Task(), recipe, tmp_path))
-    assert artifact.proof["nodes"]["QLinearConv"] == 3  # the bounded one is computed in floating point
+    nodes = artifact.proof["nodes"]
+    assert (nodes["QLinearConv"], nodes["Min"], nodes.get("Max", 0)) == (4, 1, 0)
+    assert artifact.proof["largest_edge_difference_steps"] <= 1
+
+
+def test_bounds_of_their_own_for_each_channel_are_taken_of_codes(export: Export) -> None:
+    """Equalized layers have them; of floats they would leave every convolution in floating point."""
+    model, batches = residual()
+    assert isinstance(model, Residual)
+    low, high = (torch.linspace(*ends, 16).reshape(-1, 1, 1) for ends in ((-0.3, 0.1), (0.2, 0.9)))
+    model.add_module("relu6", ChannelClip(low, high))
+    _, artifact = export(model, batches)
+    nodes = artifact.proof["nodes"]
+    assert (nodes["QLinearConv"], nodes["Min"], nodes["Max"]) == (4, 2, 2)
+    assert not nodes.keys() & {"Conv", "DequantizeLinear"}
+    assert artifact.proof["largest_edge_difference_steps"] <= 1
+    assert artifact.proof["equal_codes_percent"] > 99.9
 
 
 def test_an_edge_that_is_computed_otherwise_is_named(exported: Exported) -> None:
