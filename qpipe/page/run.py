@@ -60,7 +60,7 @@ def run_page(report: Row, config: Row, folder: Path) -> str:
         "run.html",
         title=words.title(config),
         story=words.story(report, config),
-        figures=_figures(report["metrics"]),
+        figures=_figures(report["metrics"], words.speeds(report)),
         findings=[text for text in (_said(table, "finding") for table in found.values()) if text],
         sections=[_section(name, table) for name, table in found.items()],
         edges=report["edges"],
@@ -105,7 +105,7 @@ def _rows(table: Any) -> dict[str, list[Row]]:  # noqa: ANN401  # of an evaluato
     }
 
 
-def _figures(metrics: Row) -> dict[str, Any]:
+def _figures(metrics: Row, speeds: Mapping[str, str]) -> dict[str, Any]:
     """Lay metrics out by name, a column for each variant, with the distance from the float model."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     base = metrics.get("fp32", {})
@@ -113,7 +113,7 @@ def _figures(metrics: Row) -> dict[str, Any]:
         {
             "name": name,
             "cells": [
-                {"value": values.get(name), "change": _moved(variant, name, values, base)}
+                {"value": values.get(name), "change": _moved(variant, name, values, base, speeds)}
                 for variant, values in metrics.items()
             ],
         }
@@ -122,8 +122,10 @@ def _figures(metrics: Row) -> dict[str, Any]:
     return {"variants": list(metrics), "rows": rows}
 
 
-def _moved(variant: str, name: str, values: Row, base: Row) -> str:
-    return "" if variant == "fp32" else words.change(name, values.get(name), base.get(name))
+def _moved(variant: str, name: str, values: Row, base: Row, speeds: Mapping[str, str]) -> str:
+    if variant == "fp32":
+        return ""
+    return words.moved(name, values, base, speeds.get(variant))
 
 
 def _said(table: Any, key: str) -> str:  # noqa: ANN401

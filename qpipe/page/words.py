@@ -39,12 +39,19 @@ def number(value: Any) -> float | None:  # noqa: ANN401  # of a JSON file
 
 def figure(value: Any, name: str = "", digits: int = 4) -> str:  # noqa: ANN401
     """Return a figure as text, bytes with a prefix; what is no number as it stands."""
-    found = number(value)
-    if found is None:
-        return "-" if value is None else str(value)
+    if (found := number(value)) is None:
+        return _text(value)
     if not math.isfinite(found):
         return {math.inf: "∞", -math.inf: "-∞"}.get(found, "not a number")
     return _bytes(found) if unit(name) == "bytes" else _plain(found, digits)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figure(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(figure(item) for item in value)
+    return {None: "-", True: "yes", False: "no"}.get(value) or str(value)
 
 
 def _plain(value: float, digits: int) -> str:
@@ -73,6 +80,26 @@ def change(name: str, value: Any, base: Any) -> str:  # noqa: ANN401
     more, less = ("slower", "faster") if unit(name) == "ms" else ("larger", "smaller")
     ratio = max(now / before, before / now)
     return f"{_plain(ratio, 3)}x {less if now < before else more}" if ratio >= 1.005 else "same"
+
+
+def speeds(report: Mapping[str, Any]) -> dict[str, str]:
+    """Say for each exported file how fast it is beside the float model in the same engine."""
+    proofs = {row.get("exporter"): row.get("proof") or {} for row in report.get("artifacts") or []}
+    ratios = {
+        name: change("latency_ms", proof.get("latency_ms"), proof.get("fp32_latency_ms"))
+        for name, proof in proofs.items()
+    }
+    return {name: ratio for name, ratio in ratios.items() if ratio}
+
+
+def moved(name: str, values: Mapping[str, Any], base: Mapping[str, Any], speed: str | None = None) -> str:
+    """Say how far a variant's figure is from the float model's; a speed that an engine measured goes first.
+
+    The float model's own latency is torch's: beside another engine's it would compare engines.
+    """
+    if speed and unit(name) == "ms":
+        return speed if name == "latency_ms" else ""
+    return change(name, values.get(name), base.get(name))
 
 
 def listed(words: Iterable[str]) -> str:
@@ -109,7 +136,7 @@ def story(report: Mapping[str, Any], config: _Config) -> str:
         _slots("activation", report["edges"]),
         _before_and_after(config),
         _kept(report),
-        _outcome(report["metrics"]),
+        _outcome(report["metrics"], speeds(report)),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -155,20 +182,22 @@ def _kept(report: Mapping[str, Any]) -> str:
     return f"{counted(len(skipped), 'tensor')} stayed in floating point." if skipped else ""
 
 
-def _outcome(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def _outcome(metrics: Mapping[str, Mapping[str, Any]], engines: Mapping[str, str]) -> str:
     """Compare the last variant, the executed file if there is one, with the float model."""
     variants = [name for name in metrics if name != "fp32"]
     if not variants or "fp32" not in metrics:
         return ""
-    last = variants[-1]
+    last, base = variants[-1], metrics["fp32"]
     parts = []
     for name, value in metrics[last].items():
-        if "p95" in name or not change(name, value, metrics["fp32"].get(name)):
+        how = moved(name, metrics[last], base, engines.get(last))
+        if "p95" in name or not how:
             continue
-        moved = change(name, value, metrics["fp32"][name])
         heading = label(name).partition(",")[0]
-        parts.append(f"{heading} {quantity(value, name)} instead of {quantity(metrics['fp32'][name], name)}"
-                     f" ({moved})")  # fmt: skip
+        beside = f" instead of {quantity(base[name], name)}"
+        if unit(name) == "ms" and last in engines:
+            beside, how = "", f"{how}, beside fp32 in that engine"
+        parts.append(f"{heading} {quantity(value, name)}{beside} ({how})")
     how = "simulated" if last == "simulated" else f"executed as {last}"
     return f"The result, {how}, has {listed(parts)}." if parts else ""
 
