@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,12 @@ def log_model(client: MlflowClient, run_id: str, path: Path) -> str:
     """Log an ONNX file as a model of a run, once; return the model's id."""
     experiment_id = client.get_run(run_id).info.experiment_id
     ours = f"source_run_id = '{run_id}'"
-    for model in client.search_logged_models([experiment_id], ours):
-        if str(model.status) == "READY":
-            return str(model.model_id)
-    model = client.create_logged_model(experiment_id, "quantized", run_id, model_type="onnx")
+    begun = {str(model.status): model for model in client.search_logged_models([experiment_id], ours)}
+    if "READY" in begun:
+        return str(begun["READY"].model_id)
+    model = begun.get("PENDING") or client.create_logged_model(
+        experiment_id, "quantized", run_id, model_type="onnx"
+    )
     with save_model(path, run_id, model.model_id) as folder:
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
@@ -45,14 +47,28 @@ def register(client: MlflowClient, run_id: str, model_id: str, name: str, accept
     """Register a logged model, once; an accepted one becomes the candidate."""
     from mlflow.exceptions import MlflowException
 
-    with suppress(MlflowException):  # it is there already
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     version = versions[0] if versions else None
     if version is None:
-        version = client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
+        source = _source(client, model_id)
+        version = client.create_model_version(name, source, run_id, model_id=model_id)
     if accepted:
         client.set_registered_model_alias(name, CANDIDATE, version.version)
+
+
+def _source(client: MlflowClient, model_id: str) -> str:
+    """Return where a version's files are, as a server takes it, or a store in this process.
+
+    The latter would look 'models:/' up in whatever store is the process's own.
+    """
+    if client.tracking_uri.startswith("http"):
+        return f"models:/{model_id}"
+    return str(client.get_logged_model(model_id).artifact_location)
 
 
 @contextmanager

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 REPORT_TAG = "qpipe.report"
+SPOOL = "unrecorded.json"  # in a run's folder: what else its run lacks
+Point = tuple[str, float, int, int]  # of a curve: metric, value, time in ms, step
 _BATCH = 100  # parameters MLflow takes at once
+_POINTS = 1000  # metrics
 _LONGEST = 6000  # characters of a parameter
 
 
@@ -29,7 +32,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield _name(f"{prefix}{key}"), str(value)[:_LONGEST]
+            yield metric_name(f"{prefix}{key}"), str(value)[:_LONGEST]
 
 
 def log_config(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
@@ -44,7 +47,7 @@ def log_config(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
 def log_folder(
     client: MlflowClient, run_id: str, folder: Path, serve: bool, registered: str | None = None
 ) -> None:
-    """Log a finished run's folder: metrics as '<variant>.<metric>', tables, files, and a model to be served.
+    """Log a finished run's folder: metrics as '<variant>.<metric>', curves, tables, files, a model to be served.
 
     Doing it twice gives the same: metrics carry the time at which the run finished.
 
@@ -52,23 +55,43 @@ def log_folder(
         registered: name under which the model is registered; it becomes the candidate if the run has a gate
             and meets it.
     """
-    from mlflow.entities import Metric
-
     client.set_tag(run_id, REPORT_TAG, digest(folder))
     report = json.loads((folder / "report.json").read_text())
     time_ms = _time_ms(report)
-    metrics = [
-        Metric(_name(f"{variant}.{name}"), float(value), time_ms, 0)
+    points = [
+        (metric_name(f"{variant}.{name}"), float(value), time_ms, 0)
         for variant, values in report["metrics"].items()
         for name, value in values.items()
     ]
-    client.log_batch(run_id, metrics=metrics)
-    client.log_artifacts(run_id, str(folder))
+    log_points(client, run_id, [*points, *map(tuple, read_spool(folder)["curves"])])
+    for path in sorted(folder.iterdir()):
+        if path.name != SPOOL:
+            client.log_artifact(run_id, str(path))
     for name in ("edges", "weights"):
         if rows := report.get(name):
             client.log_dict(run_id, _table(rows), f"tables/{name}.json")
     if serve or registered:
         _log_served(client, run_id, folder, report, registered)
+
+
+def log_points(client: MlflowClient, run_id: str, points: Sequence[Point]) -> None:
+    """Log points of curves; one that is there already is not logged again."""
+    from mlflow.entities import Metric
+
+    for start in range(0, len(points), _POINTS):
+        client.log_batch(run_id, metrics=[Metric(*point) for point in points[start : start + _POINTS]])
+
+
+def write_spool(folder: Path, run_id: str | None, curves: Sequence[Point]) -> None:
+    """Keep beside a run what a store did not take: the id of its open run, and points of curves."""
+    (folder / SPOOL).write_text(json.dumps({"run": run_id, "curves": curves}) + "\n")
+
+
+def read_spool(folder: Path) -> dict[str, Any]:
+    """Return what was kept, nothing where everything was recorded."""
+    file = folder / SPOOL
+    spool: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"run": None, "curves": []}
+    return spool
 
 
 def digest(folder: Path) -> str:
@@ -113,5 +136,6 @@ def _time_ms(report: Mapping[str, Any]) -> int:
     return int(datetime.fromisoformat(finished).timestamp() * 1000)
 
 
-def _name(text: str) -> str:
+def metric_name(text: str) -> str:
+    """Return a name of the characters that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", text)[:250]

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 _DEFAULTS = {  # of MLflow's own variables, where the user set none; a dead server held a run for 246 s
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # two tries, 20 s and a pause: a run waits 30 s at most
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # however long a proxy says
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_PROBE_S, _SILENCE_S = 5.0, 300.0
+_PROBE_S, _SILENCE_S = 3.0, 300.0
 _silent_until: dict[str, float] = {}
 _NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "9p", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs")
 log = logging.getLogger("qpipe")
@@ -40,6 +41,10 @@ def resolve(uri: str | None) -> str:
     if chosen.startswith(_SQLITE):
         return _SQLITE + str(Path(chosen.removeprefix(_SQLITE)).absolute())
     return chosen
+
+
+class SilentError(OSError):
+    """A server did not answer a moment ago, which was said."""
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
@@ -72,15 +77,23 @@ def probe(uri: str) -> None:
     if not uri.startswith(("http://", "https://")):
         return
     if time.monotonic() < _silent_until.get(uri, 0.0):
-        raise OSError("it did not answer a moment ago")
+        raise SilentError("it did not answer a moment ago")
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PROBE_S):  # noqa: S310  # http only
             pass
     except urllib.error.HTTPError:
         pass  # an answer
-    except OSError:
-        _silent_until[uri] = time.monotonic() + _SILENCE_S
+    except OSError as error:
+        silence(uri, error)
         raise
+
+
+def silence(uri: str, error: BaseException | None) -> None:
+    """Ask a server nothing more for a while, if an error says that it could not be reached."""
+    while error is not None and not isinstance(error, OSError):  # as those of requests are
+        error = error.__cause__ or error.__context__
+    if error is not None and not isinstance(error, SilentError) and uri.startswith("http"):
+        _silent_until[uri] = time.monotonic() + _SILENCE_S
 
 
 def network_filesystem(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
