@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.loggers.logger import DummyExperiment, Logger
+from pytorch_lightning.loggers.logger import DummyLogger, Logger
 
 from qpipe_mlflow._record import log_points, metric_name
 
@@ -49,7 +49,7 @@ class Curves(Logger):
     @property
     def experiment(self) -> Any:  # noqa: ANN401  # a client, or what swallows every call
         """Return the client, for modules that log something of their own."""
-        return self.client or DummyExperiment()
+        return self.client or DummyLogger().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics while the store answers."""

@@ -47,7 +47,7 @@ def log_config(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
 def log_folder(
     client: MlflowClient, run_id: str, folder: Path, serve: bool, registered: str | None = None
 ) -> None:
-    """Log a finished run's folder: metrics as '<variant>.<metric>', curves, tables, files, a model to be served.
+    """Log a finished run's folder: metrics as '<variant>.<metric>', curves, tables, files, a model to serve.
 
     Doing it twice gives the same: metrics carry the time at which the run finished.
 

@@ -184,7 +184,9 @@ class MLflowTracker(Tracker):
         """Return the run that a folder was recorded in, or that was opened for it."""
         assert self.client is not None  # noqa: S101  # connected just now
         name, opened = digest(folder), read_spool(folder)["run"]
-        found = self.client.search_runs([self.experiment_id], f"tags.`{REPORT_TAG}` = '{name}'", max_results=1)
+        found = self.client.search_runs(
+            [self.experiment_id], f"tags.`{REPORT_TAG}` = '{name}'", max_results=1
+        )
         if found:
             return found[0]
         own = f"attributes.run_id = '{opened}'"
@@ -227,7 +229,7 @@ class MLflowTracker(Tracker):
         silence(self.uri, error)
         if not isinstance(error, SilentError):
             log.warning(
-                "tracking store %s does not answer (%s); the run goes on and its folder can be recorded later",
+                "tracking store %s does not answer (%s); the run goes on, its folder can be recorded later",
                 self.uri,
                 _first_line(error),
             )
@@ -247,7 +249,9 @@ class MLflowTracker(Tracker):
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    cause = re.search(r"Caused by \w+\(.*?: (.*?)[\"']?\)+$", text)  # of five nested ones
+    return cause[1] if cause else text
 
 
 def _child_of(parent: str | None) -> dict[str, str]:
