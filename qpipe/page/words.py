@@ -199,7 +199,18 @@ def _outcome(metrics: Mapping[str, Mapping[str, Any]], engines: Mapping[str, str
             beside, how = "", f"{how}, beside fp32 in that engine"
         parts.append(f"{heading} {quantity(value, name)}{beside} ({how})")
     how = "simulated" if last == "simulated" else f"executed as {last}"
-    return f"The result, {how}, has {listed(parts)}." if parts else ""
+    outcome = f"The result, {how}, has {listed(parts)}." if parts else ""
+    return " ".join(filter(None, (outcome, _resemblance(metrics[last], base))))
+
+
+def _resemblance(metrics: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Say what only a comparison with the float model's outputs has."""
+    own = [
+        f"{label(name).partition(',')[0]} {quantity(metrics[name], name)}"
+        for name in metrics
+        if name not in base
+    ]
+    return f"Beside the float model's outputs: {listed(own)}." if own else ""
 
 
 def quantity(value: Any, name: str) -> str:  # noqa: ANN401
