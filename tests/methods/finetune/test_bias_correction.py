@@ -26,6 +26,18 @@ class Net(nn.Module):
         return self.fc(self.depthwise(x).mean((2, 3)))
 
 
+class Sum(Net):
+    """Two independent branches: each reads half of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.second, self.norm2 = nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.clip(self.norm(self.first(x)) + self.norm2(self.second(x)))
+        return self.fc(self.depthwise(x).mean((2, 3)))
+
+
 class Data(LightningDataModule):
     def calibration_dataloader(self) -> list[Tensor]:
         return [normal_inputs(2)]
@@ -41,11 +53,15 @@ def net(clip: nn.Module) -> Net:
     """Return a network whose batch norm tells the truth about normal inputs."""
     torch.manual_seed(0)
     model = Net(clip)
-    with torch.no_grad():
-        model.norm.running_var.copy_(model.first.weight.square().sum((1, 2, 3)))
-        model.norm.weight.uniform_(0.5, 2)
-        model.norm.bias.uniform_(-1, 3)
+    make_true(model.norm, model.first)
     return model.eval()
+
+
+@torch.no_grad()
+def make_true(norm: nn.BatchNorm2d, conv: nn.Conv2d, bias: float = 3.0) -> None:
+    norm.running_var.copy_(conv.weight.square().sum((1, 2, 3)))
+    norm.weight.uniform_(0.5, 2)
+    norm.bias.uniform_(-1, bias)
 
 
 def quantized(model: nn.Module, **choices: Any) -> nn.Module:  # noqa: ANN401
@@ -93,6 +109,19 @@ class TestAnalytic:
             model,
             quantized(model, layers=without, finetune=[{"name": "bias_correction", "source": "batch_norm"}]),
         )
+        assert before.max() > 0.05
+        assert after.max() < 0.1 * before.max()
+
+    def test_variances_of_independent_terms_add_up(self) -> None:
+        torch.manual_seed(0)
+        model, without = Sum().eval(), [{"match": name, "weight": None} for name in ("first", "second")]
+        with torch.no_grad():
+            model.first.weight[:, 2:], model.second.weight[:, :2] = 0, 0
+        make_true(model.norm, model.first, -0.5)  # where the mean behind the ReLU is mostly the deviation's doing
+        make_true(model.norm2, model.second, -0.5)
+        strategy = {"name": "bias_correction", "source": "batch_norm"}
+        before = mean_gaps(model, quantized(model, layers=without))
+        after = mean_gaps(model, quantized(model, layers=without, finetune=[strategy]))
         assert before.max() > 0.05
         assert after.max() < 0.1 * before.max()
 

@@ -90,6 +90,27 @@ class TestBRECQ:
         fit(BRECQ(iterations=3, lr=100.0, drop=0), model, data)
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
+    @pytest.mark.parametrize("drop", [0.0, 0.5])
+    def test_no_worse_than_rounding_to_nearest_on_any_block(self, drop: float) -> None:
+        def gap_of(unit: Unit) -> float:
+            pairs = zip(unit.calls, unit.targets, strict=True)
+            return sum((unit.module(*args) - y).square().mean().item() for (args, _), y in pairs)
+
+        class Measured(BRECQ):
+            def _improve(self, model: nn.Module, unit: Unit, fisher: Any) -> None:  # noqa: ANN401
+                nearest = gap_of(unit)
+                super()._improve(model, unit, fisher)
+                ratios[unit.name] = gap_of(unit) / nearest
+
+        torch.manual_seed(0)
+        ratios: dict[str, float] = {}
+        data = [torch.rand(8, 1, 8, 8) for _ in range(3)]
+        model = quantized(ResNetDigits(), data, transform=["fold_bn"], target="x86", activation={"num_bits": 4})
+        fit(Measured(iterations=30, lr=0.05, drop=drop), model, data)
+        assert [*ratios] == ["stem.conv", "layer1", "layer2", "layer3", "fc"]
+        assert max(ratios.values()) <= 1
+        assert sum(ratio < 0.98 for ratio in ratios.values()) >= 3
+
     def test_starts_where_earlier_strategies_ended(self) -> None:
         torch.manual_seed(0)
         data = inputs()

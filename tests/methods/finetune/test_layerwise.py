@@ -349,6 +349,42 @@ class TestStrategies:
         assert torch.allclose(codes, codes.round(), atol=1e-4)
         assert (codes.round() - (weight / layer.fake_quant.scale).round()).abs().max() == 1
 
+    def test_autoround_rounds_down_or_up_though_farther_would_err_less(self) -> None:
+        weight, x = torch.tensor([[0.4, 0.45, 3.0]]), torch.randn(50, 1) * torch.tensor([1.0, 3.0, 0.0])
+        layer, _levels = single(weight, x)  # scale 1; codes 2, 0 would leave an error of 0.25
+        AutoRound(iterations=60, lr=0.1, ranges=False).improve(layer)
+        assert (layer.weight - weight).abs().max() < 1
+
+    def test_autoround_shrinks_a_range_that_only_an_unused_weight_needs(self) -> None:
+        torch.manual_seed(2)
+        weight, x = torch.rand(3, 12) - 0.5, torch.randn(100, 12)
+        weight[:, 0], x[:, 0] = 1.0, 0.0
+        layer, _levels = single(weight, x)
+        start = layer.fake_quant.scale.clone()
+        AutoRound(iterations=100).improve(layer)
+        assert (layer.fake_quant.scale < 0.8 * start).all()
+
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            GPTQ(match="float", ridge=1e-6),
+            AdaRound(iterations=60, match="float", ridge=1e-6),
+            AutoRound(iterations=30, match="float", ridge=1e-6),
+        ],
+        ids=lambda s: s.name,
+    )
+    def test_matching_the_float_outputs_ends_at_least_squares(self, strategy: LayerwiseStrategy) -> None:
+        torch.manual_seed(2)
+        weight, x = torch.randn(3, 12), torch.randn(100, 12)
+        layer, _levels = single(weight, x, weight={"num_bits": 8})
+        layer.inputs[0] = x + 0.5 * torch.randn(100, 12)  # type: ignore[index]  # earlier errors
+        best = torch.linalg.lstsq(layer.inputs[0], x @ weight.T).solution.T
+        strategy.improve(layer)
+        gap, least, held = (
+            (layer.inputs[0] @ w.T - x @ weight.T).square().sum() for w in (layer.weight, best, weight)
+        )
+        assert gap < 1.01 * least < 0.9 * held
+
     def test_adaround_ends_at_floor_or_ceiling(self) -> None:
         torch.manual_seed(2)
         weight, x = torch.randn(3, 12), torch.randn(100, 12) @ torch.randn(12, 12)
