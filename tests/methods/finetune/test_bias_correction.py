@@ -117,7 +117,9 @@ class TestAnalytic:
         model, without = Sum().eval(), [{"match": name, "weight": None} for name in ("first", "second")]
         with torch.no_grad():
             model.first.weight[:, 2:], model.second.weight[:, :2] = 0, 0
-        make_true(model.norm, model.first, -0.5)  # where the mean behind the ReLU is mostly the deviation's doing
+        make_true(
+            model.norm, model.first, -0.5
+        )  # where the mean behind the ReLU is mostly the deviation's doing
         make_true(model.norm2, model.second, -0.5)
         strategy = {"name": "bias_correction", "source": "batch_norm"}
         before = mean_gaps(model, quantized(model, layers=without))

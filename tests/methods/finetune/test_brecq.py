@@ -105,7 +105,9 @@ class TestBRECQ:
         torch.manual_seed(0)
         ratios: dict[str, float] = {}
         data = [torch.rand(8, 1, 8, 8) for _ in range(3)]
-        model = quantized(ResNetDigits(), data, transform=["fold_bn"], target="x86", activation={"num_bits": 4})
+        model = quantized(
+            ResNetDigits(), data, transform=["fold_bn"], target="x86", activation={"num_bits": 4}
+        )
         fit(Measured(iterations=30, lr=0.05, drop=drop), model, data)
         assert [*ratios] == ["stem.conv", "layer1", "layer2", "layer3", "fc"]
         assert max(ratios.values()) <= 1

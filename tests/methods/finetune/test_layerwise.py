@@ -352,7 +352,9 @@ class TestStrategies:
     def test_autoround_rounds_down_or_up_though_farther_would_err_less(self) -> None:
         weight, x = torch.tensor([[0.4, 3.45]]), torch.randn(50, 1) * torch.tensor([1.0, 3.0])
         layer, _levels = single(weight, x)
-        layer.fake_quant.set_qparams(QParams(torch.ones(1, 1), torch.zeros(1, 1)))  # the second is clipped at 3
+        layer.fake_quant.set_qparams(
+            QParams(torch.ones(1, 1), torch.zeros(1, 1))
+        )  # the second is clipped at 3
         AutoRound(iterations=60, lr=0.1, ranges=False).improve(layer)
         assert layer.weight.tolist() == [[1.0, 3.0]]  # 2 would err less
 
