@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,23 @@ def test_a_strangers_exception_fails_the_run(toyrun: Callable[..., int], tmp_pat
     assert heard(tmp_path)[-1] == ["finish", False, False, "failed"]
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_is_killed_and_leaves_nothing(
-    toyrun: Callable[..., int], tmp_path: Path, signal: str, capsys: pytest.CaptureFixture[str]
+    toyrun: Callable[..., int],
+    tmp_path: Path,
+    stop: str,
+    interruptible: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert toyrun("out=runs/here", f"model.signal={signal}", net="Signals") == 130
+    assert toyrun("out=runs/here", f"model.signal={stop}", net="Signals") == 130
     assert [*Path().iterdir()] == []
     assert heard(tmp_path)[-1] == ["finish", False, False, "killed"]
     assert "interrupted" in capsys.readouterr().err

@@ -26,6 +26,7 @@ _DEFAULTS = {  # of MLflow's own variables, where the user set none; a dead serv
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # however long a proxy says
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the tracker says where to look
 }
 _PROBE_S, _SILENCE_S = 3.0, 300.0
 _silent_until: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,14 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from qpipe_mlflow import _store
 from qpipe_mlflow._store import quiet
 from qpipe_mlflow.tracker.mlflow import MLflowTracker
 
+import qpipe
 from qpipe import Report
+from qpipe.__main__ import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -45,7 +50,7 @@ def running(command: list[str], health: str, **environment: str) -> Iterator[sub
         start_new_session=True,
     )
     try:
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 with urllib.request.urlopen(health, timeout=1):
                     break
@@ -85,21 +90,37 @@ def test_a_server_that_dies_loses_nothing(tmp_path: Path, folder: Path) -> None:
             runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
             assert [run.data.metrics["onnx.latency_ms"] for run in runs] == [0.1]
             assert len(client.search_model_versions("name = 'digits'")) == 1
-        serve_port = free_port()
-        serve = [
-            "models",
-            "serve",
-            "-m",
-            "models:/digits/1",
-            "--env-manager",
-            "local",
-            "--port",
-            str(serve_port),
-        ]
-        with running(serve, f"http://127.0.0.1:{serve_port}/health", MLFLOW_TRACKING_URI=address):
-            for batch in (1, 5):
-                asked = [[float(i), 0.5, -1.0] for i in range(batch)]
-                assert answer(serve_port, {"inputs": {"x": asked}}) == [[2 * v for v in row] for row in asked]
+
+
+def test_a_run_is_served_as_it_was_measured(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = ["evaluator=[accuracy]", "exporter=[onnx]", f"out={tmp_path / 'run'}", f"tracker.uri={store}"]
+    assert main([*words, "tracker.register=digits", "gate.max_drop=100"]) == 0
+    asked = {batch: np.random.default_rng(batch).random((batch, 1, 8, 8), np.float32) for batch in (1, 5)}
+    port = free_port()
+    serve = [
+        "models",
+        "serve",
+        "-m",
+        "models:/digits@candidate",
+        "--env-manager",
+        "local",
+        "--port",
+        str(port),
+    ]
+    with running(serve, f"http://127.0.0.1:{port}/health", MLFLOW_TRACKING_URI=store):
+        answers = {batch: answer(port, {"inputs": {"x": x.tolist()}}) for batch, x in asked.items()}
+    loaded = qpipe.load(tmp_path / "run")
+    with quiet():
+        (model,) = MlflowClient(store).search_model_versions("name = 'digits'")
+        pyfunc = importlib.import_module("mlflow.pyfunc").load_model(model.source)
+    for batch, x in asked.items():
+        (name, predictions), *others = answers[batch].items()
+        assert not others
+        served = np.asarray(predictions, np.float32)
+        assert served.shape == (batch, 10)
+        np.testing.assert_array_equal(served, loaded(torch.from_numpy(x)).numpy())
+        np.testing.assert_array_equal(served, pyfunc.predict({"x": x})[name])
 
 
 def answer(port: int, request: Any) -> Any:  # noqa: ANN401
@@ -109,4 +130,4 @@ def answer(port: int, request: Any) -> Any:  # noqa: ANN401
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(asked, timeout=60) as reply:
-        return json.loads(reply.read())["predictions"]["y"]
+        return json.loads(reply.read())["predictions"]
