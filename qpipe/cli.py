@@ -188,6 +188,8 @@ def _run_folder(run: str, scratch: Path) -> Path:
     from qpipe.record import SAMPLES
 
     path = Path(run)
+    if (path / SWEEP).is_file():
+        raise RecipeError(f"{run} is a sweep; give the folder of one of its jobs, {path / '0'}")
     if path.exists():
         return path if path.is_dir() else path.parent
     if "/" in run or not (tracker := compose_config([])["tracker"]):
@@ -197,6 +199,8 @@ def _run_folder(run: str, scratch: Path) -> Path:
     scratch.mkdir(exist_ok=True)
     fetched = ("report.json", "config.yaml", SAMPLES)
     PluginRegistry.load_installed().create("tracker", tracker).fetch(run, fetched, scratch)
+    if not (scratch / "report.json").is_file():
+        raise RecipeError(f"{run} holds no report.json; give a finished run, not the parent of a sweep")
     return scratch
 
 

@@ -84,20 +84,23 @@ def _joblib(options: Mapping[str, Any]) -> Launch[T, R]:
     joblib = _optional("joblib", "joblib")
     settings = {"n_jobs": -1, **options, "return_as": "generator_unordered"}
     try:
-        parallel = joblib.Parallel(**settings)
+        joblib.Parallel(**settings)
     except TypeError as error:
         raise RecipeError(f"{CHOICE}joblib: {error}; its keys are those of joblib.Parallel") from None
+    at_once = joblib.effective_n_jobs(settings["n_jobs"])
+    reason = f"a parallel process was killed; is there memory for {KEYS}n_jobs={settings['n_jobs']}?"
 
     def launch(work: Callable[[T], R], tasks: Sequence[T], folder: Path) -> Iterator[R | Lost[T]]:
         left = dict(enumerate(tasks))
-        numbered = (joblib.delayed(_numbered)(work, index, task) for index, task in enumerate(tasks))
-        try:
-            for index, result in parallel(numbered):
-                del left[index]
-                yield result
-        except BrokenProcessPool:  # one that is killed takes the others along
-            reason = f"a parallel process was killed; is there memory for {KEYS}n_jobs={settings['n_jobs']}?"
-            yield from (Lost(task, reason) for task in left.values())
+        while left:
+            numbered = (joblib.delayed(_numbered)(work, index, task) for index, task in [*left.items()])
+            try:
+                for index, result in joblib.Parallel(**settings)(numbered):
+                    del left[index]
+                    yield result
+            except BrokenProcessPool:  # one that is killed takes along those that ran beside it
+                for index in [*left][:at_once]:
+                    yield Lost(left.pop(index), reason)
 
     return launch
 

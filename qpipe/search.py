@@ -166,7 +166,7 @@ def _batches(
     while trials:
         rows = [jobs.row(trial) for trial in trials]
         for row in rows:
-            row.command = console.command([*row.words, f"out={sweep.folder / row.folder}"])
+            sweep.place(row)
         sweep.rows += rows
         sweep.axes = {word: _tried(sweep, word) for word in rows[0].overrides}
         yield [(row, jobs.config(trial.values)) for row, trial in zip(rows, trials, strict=True)]

@@ -94,6 +94,7 @@ class Sweep:
         parent: the tracker's name for it.
         judged: the figures a sweeper looked at, as 'variant.metric'.
         findings: what it found, a sentence each.
+        earlier: jobs as an earlier command left them in sweep.json, by folder.
     """
 
     folder: Path
@@ -105,6 +106,12 @@ class Sweep:
     parent: str | None = None
     judged: Sequence[str] = ()
     findings: Sequence[str] = ()
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def place(self, row: Row) -> None:
+        """Give a job its place in the sweep's folder, and the time it took in an earlier command."""
+        row.command = console.command([*row.words, f"out={self.folder / row.folder}"])
+        row.seconds = self.earlier.get(row.folder, {}).get("seconds", 0.0)
 
     def write(self) -> None:
         """Write both files, each at once."""
@@ -354,15 +361,15 @@ def open_sweep(rows: list[Row], what: object, out: str | None, command: str) -> 
             f"out={out or folder} holds a sweep of other jobs, or of another version of the code; "
             "choose another folder"
         )
-    for row in rows:
-        row.command = console.command([*row.words, f"out={folder / row.folder}"])
-    for row, before in zip(rows, stored.get("jobs", ()), strict=False):
-        row.seconds = before["seconds"]
     axes = {
         axis: list(dict.fromkeys(row.overrides[axis] for row in rows))
         for axis in (rows[0].overrides if rows else ())
     }
-    return Sweep(folder, name, command, axes, rows, parent=stored.get("parent"))
+    earlier = {job["folder"]: job for job in stored.get("jobs", ())}
+    sweep = Sweep(folder, name, command, axes, rows, parent=stored.get("parent"), earlier=earlier)
+    for row in rows:
+        sweep.place(row)
+    return sweep
 
 
 def _stored(folder: Path, out: str | None) -> dict[str, Any]:

@@ -148,3 +148,11 @@ def test_what_is_no_run_is_one_sentence(
 ) -> None:
     assert main(["compare", str(runs[0]), run or str(runs[0].parent)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_sweep_is_no_run(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["compare", str(runs[0]), str(tmp_path)]) == 2
+    assert "is a sweep; give the folder of one of its jobs" in capsys.readouterr().err

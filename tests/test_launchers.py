@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qpipe.errors import RecipeError
-from qpipe.launchers import build_launcher, split
+from qpipe.launchers import Lost, build_launcher, split
 
 Run = Callable[..., int]
 
@@ -61,6 +62,22 @@ def test_what_is_not_installed_names_its_extra(
 def test_a_single_run_has_no_launcher(toyrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert toyrun("hydra/launcher=joblib") == 2
     assert "add -m" in capsys.readouterr().err
+
+
+def test_a_killed_process_takes_along_no_more_than_ran_beside_it() -> None:
+    pytest.importorskip("joblib", reason="the extra parallel is not installed")
+
+    def work(task: str) -> str:
+        if task == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    launch = build_launcher(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
+    results = [*launch(work, ["a", "b", "kill", "c", "d", "e"], Path())]
+    lost = {result.task for result in results if isinstance(result, Lost)}
+    assert "kill" in lost
+    assert len(lost) <= 2
+    assert {result for result in results if not isinstance(result, Lost)} == {*"abcde"} - lost
 
 
 @pytest.mark.slow

@@ -179,10 +179,12 @@ class OptunaSweeper(Sweeper):
         if len(self.metrics) == 1:
             way = "most" if self.directions[0] == "maximize" else "least"
             return [f"Of {count} points{keeping}, the {way} {self.metrics[0]} has job {self._told(best[0])}."]
-        best.sort(key=lambda trial: trial.values, reverse=self.directions[0] == "maximize")
+        best.sort(key=lambda trial: (trial.values, -trial.number), reverse=self.directions[0] == "maximize")
+        once = {str(trial.params): trial for trial in best}  # a sampler may ask for a point again
+        which = "both" if len(self.metrics) == 2 else "all"
         return [
-            f"Of {count} points{keeping}, no other is better in both than job {self._told(trial)}."
-            for trial in best
+            f"Of {count} points{keeping}, no other is better in {which} than job {self._told(trial)}."
+            for trial in once.values()
         ]
 
     def _told(self, trial: FrozenTrial) -> str:
