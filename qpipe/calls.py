@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe.errors import RecipeError
+from qpipe.errors import RecipeError, cause
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
 
@@ -119,10 +119,9 @@ def exported(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
         try:
             return torch.export.export(model, *call, dynamic_shapes=dynamic_batch(call), strict=False)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
             raise RecipeError(
-                f"the model has no graph for every batch size: {type(error).__name__}: {reason}; leave out "
-                "exporters that need one, or take sizes from x.shape in forward"
+                f"the model has no graph for every batch size: {cause(error)}; leave out exporters that need "
+                "one, or take sizes from x.shape in forward"
             ) from error
 
 

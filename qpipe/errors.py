@@ -7,6 +7,14 @@ class QpipeError(Exception):
     """Base of every error qpipe raises on purpose; the command prints it without a traceback."""
 
 
+def cause(error: BaseException) -> str:
+    """Return the kind and the first line of what an error was raised from, of others the innermost."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
 class RecipeError(QpipeError):
     """The combination that was asked for has no meaning, or does not fit the model (exit code 2)."""
 

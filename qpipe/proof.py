@@ -7,6 +7,7 @@ every operation is held to one step *given the codes it was given*: the simulati
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qpipe.calls import Call, batch_size, moved
+from qpipe.calls import Call, batch_size, moved, repeated
 from qpipe.conversion import CodedActivation, CodedWeight, DynamicActivation
 from qpipe.errors import ProofError
 from qpipe.tables import TabledWeight
@@ -31,6 +32,8 @@ _MAX_STEPS = 1.0
 _MIN_PERCENT = 99.5
 _MAX_RELATIVE = 1e-3
 _ROUNDS = 100  # of timing, whose median stands by then
+_BATCH_SIZES = {"": 1, "_b32": 32}  # timed, by what their figures are called behind
+_PATIENCE_MS = 2000.0  # a batch whose one call is expected to take longer is not timed
 LayerCalls = Mapping[str, Sequence[tuple[Tensor, Tensor]]]  # input and output of each call, in order
 
 
@@ -52,21 +55,49 @@ class Agreement:
     @classmethod
     def between(cls, executed: Tensor, simulated: Tensor, class_dim: int | None) -> Self:
         """Compare two outputs of equal shape."""
-        executed, simulated = executed.double(), simulated.double()
-        difference = executed - simulated
-        step = ((simulated.max() - simulated.min()) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-        power = difference.square().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        agreement = None
-        if class_dim is not None:
-            agreement = (
-                100 * (executed.argmax(class_dim) == simulated.argmax(class_dim)).double().mean().item()
-            )
+        tally = _Tally(class_dim)
+        tally.add(executed, simulated)
+        return cls.of(tally)
+
+    @classmethod
+    def of(cls, tally: _Tally) -> Self:
+        """Return what batches of outputs have in common."""
+        step = max((tally.high - tally.low) / 255, torch.finfo(torch.float32).tiny)
+        power = max(tally.noise / tally.count, torch.finfo(torch.float64).tiny)
         return cls(
-            agreement,
-            10 * torch.log10(simulated.square().mean() / power).item(),
-            (difference.abs().max() / step).item(),
-            (power.sqrt() / step).item(),
+            100 * tally.equal / tally.choices if tally.choices else None,
+            10 * math.log10(max(tally.signal / tally.count / power, torch.finfo(torch.float64).tiny)),
+            tally.largest / step,
+            math.sqrt(power) / step,
         )
+
+
+@dataclass
+class _Tally:
+    """Sums over batches of two outputs, so that none has to be kept: a decoder's take gigabytes."""
+
+    class_dim: int | None
+    equal: int = 0
+    choices: int = 0
+    count: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, executed: Tensor, simulated: Tensor) -> None:
+        """Compare two outputs of equal shape."""
+        if self.class_dim is not None:
+            equal = executed.argmax(self.class_dim) == simulated.argmax(self.class_dim)
+            self.equal, self.choices = self.equal + int(equal.sum()), self.choices + equal.numel()
+        simulated = simulated.double()
+        difference = executed.double() - simulated
+        self.count += simulated.numel()
+        self.signal += simulated.square().sum().item()
+        self.noise += difference.square().sum().item()
+        self.largest = max(self.largest, difference.abs().max().item())
+        self.low, self.high = min(self.low, simulated.min().item()), max(self.high, simulated.max().item())
 
 
 @dataclass
@@ -178,14 +209,13 @@ def forced_layers(converted: nn.Module, layers: LayerCalls, result: StepByStep) 
     """Let layers be compared, each given the input that was executed, and answer with what was executed.
 
     Args:
-        layers: by the name of the CodedWeight or TabledWeight the layer reads.
+        layers: by the name, of a tied one any name, of the CodedWeight or TabledWeight the layer reads.
     """
-    stored_weight = (CodedWeight, TabledWeight)
-    names = {m: name for name, m in converted.named_modules() if isinstance(m, stored_weight)}
-    executed = {name: iter(calls) for name, calls in layers.items()}
+    every = converted.named_modules(remove_duplicate=False)
+    executed = {m: iter(layers[name]) for name, m in every if name in layers}
     with ExitStack() as stack:
         for path, module in converted.named_modules():
-            stored = [names[child] for child in module.children() if child in names]
+            stored = [m for m in module.children() if isinstance(m, (CodedWeight, TabledWeight))]
             if len(stored) == 1 and stored[0] in executed:
                 for handle in _force_layer(path, module, executed[stored[0]], result):
                     stack.callback(handle.remove)
@@ -225,23 +255,31 @@ def calls(context: ExportContext) -> Iterator[Call]:
 
 def end_to_end(module: nn.Module, context: ExportContext, samples: int) -> dict[str, Any]:
     """Compare all of a file with all of the simulation, on as many samples."""
-    outputs: list[tuple[Tensor, Tensor]] = []
-    seen = 0
+    tally, seen = _Tally(context.task.class_dim), 0
     for args, kwargs in calls(context):
-        pair = (module(*args, **kwargs), context.simulation(*args, **kwargs))
-        outputs.append((context.task.compared(pair[0]).cpu(), context.task.compared(pair[1]).cpu()))
+        outputs = (model(*args, **kwargs) for model in (module, context.simulation))
+        tally.add(*(context.task.compared(output).cpu() for output in outputs))
         seen += batch_size((args, kwargs))
         if seen >= samples:
             break
-    executed, simulated = (_joined([pair[i] for pair in outputs]) for i in (0, 1))
-    return {"samples": seen, **asdict(Agreement.between(executed, simulated, context.task.class_dim))}
+    return {"samples": seen, **asdict(Agreement.of(tally))}
 
 
-def _joined(outputs: list[Tensor]) -> Tensor:
-    """Join batches of outputs; sequences of other lengths end to end, when no other dimension varies."""
-    if all(x.shape[1:] == outputs[0].shape[1:] for x in outputs):
-        return torch.cat(outputs)
-    return torch.cat([x.flatten(0, -2) for x in outputs])
+def latencies(modules: Mapping[str, Callable[..., Any]], call: Call) -> dict[str, Any]:
+    """Return the median time of one call of each module for one sample and for 32 of them, milliseconds.
+
+    Args:
+        modules: by what stands before 'latency_ms' in the names of their figures.
+    """
+    figures: dict[str, Any] = {"threads": 1, "batch_sizes": []}
+    least = 0.0
+    for suffix, size in _BATCH_SIZES.items():
+        if size * least <= _PATIENCE_MS:
+            times = latencies_ms([*modules.values()], repeated(call, size))
+            figures["batch_sizes"].append(size)
+            figures |= {f"{word}latency_ms{suffix}": ms for word, ms in zip(modules, times, strict=True)}
+            least = min(times)
+    return figures
 
 
 def latencies_ms(modules: Sequence[Callable[..., Any]], call: Call, seconds: float = 0.4) -> list[float]:

@@ -138,8 +138,7 @@ def _move_codes(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_after(node, behind)
     codes = before.inputs[0]
     node.replace_input_with(0, codes)
-    if codes is not None and codes.dtype is not None:
-        node.outputs[0].dtype = codes.dtype
+    node.outputs[0].type = codes.type if codes is not None else None
     if not before.outputs[0].uses():
         graph.remove(before, safe=True)
 

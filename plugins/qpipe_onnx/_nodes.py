@@ -36,10 +36,19 @@ def dequantizer(value: ir.Value | None) -> Dequantizer | None:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "DequantizeLinear":
         return None
-    codes, scale, zero_point = (constant(value) for value in (*node.inputs, None)[:3])
+    codes, scale, zero_point = (_stored(value) for value in (*node.inputs, None)[:3])
     if scale is None:
         return None
     return Dequantizer(node, codes, scale, np.zeros((), np.int8) if zero_point is None else zero_point)
+
+
+def _stored(value: ir.Value | None) -> Array | None:
+    """Return a constant, or what turning one round gives: a table's columns."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Transpose":
+        return constant(value)
+    stored = constant(node.inputs[0])
+    return None if stored is None else stored.transpose(attribute(node, "perm", 0) or None)
 
 
 def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> None:

@@ -42,17 +42,31 @@ _TYPES: tuple[tuple[Any, int, int, int], ...] = (  # bits, least code, and least
 
 def store(model: ir.Model) -> None:
     """Rewrite every weight of a float operation; what has no better form keeps its DequantizeLinear."""
-    for node in [*model.graph]:
-        weight = _read_in_float(node)
-        if weight is None:
-            continue
-        if node.op_type == "Gather":
-            _store_rows(model, node, weight)
-        elif node.op_type in ("Gemm", "MatMul"):
-            _store_factor(model, node, weight)
-        else:
+    read = [(node, weight) for node in model.graph if (weight := _read_in_float(node)) is not None]
+    tables = {
+        weight.name: _store_rows(model, node, weight) for node, weight in read if node.op_type == "Gather"
+    }
+    for node, weight in read:
+        if node.op_type in ("Gemm", "MatMul"):
+            _store_factor(model, node, weight, tables.get(weight.name))
+        elif node.op_type != "Gather":
             _narrow(model, weight)
     passes.RemoveUnusedNodesPass()(model)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows that are looked up, as they are stored.
+
+    Args:
+        parts: codes, scales and zero points.
+        codes: [rows, columns].
+        block_size: columns that share a scale.
+    """
+
+    parts: list[ir.Value]
+    codes: Array
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,9 @@ class Weight:
         """Return the index of the scale of every code, as they are read."""
         codes, scale = self.source.codes, self.source.scale
         shape = () if codes is None else codes.shape
-        return self._moved(np.broadcast_to(self.source.along_axis(np.arange(scale.size)), shape))
+        return self._moved(
+            np.broadcast_to(self.source.along_axis(np.arange(scale.size, dtype=np.int32)), shape)
+        )
 
     def _moved(self, x: Array) -> Array:
         for node in self.moves:
@@ -158,8 +174,12 @@ def _slices(
     return tuple(found.get(axis, slice(None)) for axis in range(rank))
 
 
-def _store_factor(model: ir.Model, node: ir.Node, weight: Weight) -> None:
-    """Give MatMul its right factor as [inputs, outputs]; make MatMul and Add of a Gemm."""
+def _store_factor(model: ir.Model, node: ir.Node, weight: Weight, table: _Table | None) -> None:
+    """Give MatMul its right factor as [inputs, outputs]; make MatMul and Add of a Gemm.
+
+    Args:
+        table: of the same codes, which are then stored once.
+    """
     codes, blocks = weight.codes(), weight.blocks()
     if node.op_type == "Gemm" and attribute(node, "transB", 0):
         codes, blocks = codes.T, blocks.T
@@ -169,7 +189,10 @@ def _store_factor(model: ir.Model, node: ir.Node, weight: Weight) -> None:
         _narrow(model, weight)
         return
     index, attributes = layout
-    parts = _parts(model, weight, codes, index)
+    if table is not None and _is_transposed(table, codes, attributes):
+        parts = _turned(model.graph, node, table)
+    else:
+        parts = _parts(model, weight, codes, index)
     factor = ir.node("DequantizeLinear", parts, attributes)
     model.graph.insert_before(node, factor)
     if node.op_type == "MatMul":
@@ -183,13 +206,26 @@ def _store_factor(model: ir.Model, node: ir.Node, weight: Weight) -> None:
     model.graph.remove(node, safe=True)
 
 
-def _store_rows(model: ir.Model, node: ir.Node, weight: Weight) -> None:
+def _is_transposed(table: _Table, codes: Array, attributes: Mapping[str, int]) -> bool:
+    return table.block_size == attributes.get("block_size") and np.array_equal(table.codes, codes.T)
+
+
+def _turned(graph: ir.Graph, node: ir.Node, table: _Table) -> list[ir.Value]:
+    """Return the parts of a table as a matrix multiplies by them; ONNX Runtime turns them as it loads."""
+    turns = [ir.node("Transpose", [part], {"perm": [1, 0]}) for part in table.parts]
+    for turn, part in zip(turns, table.parts, strict=True):
+        turn.outputs[0].name = f"{part.name}.turned"
+    graph.insert_before(node, turns)
+    return [turn.outputs[0] for turn in turns]
+
+
+def _store_rows(model: ir.Model, node: ir.Node, weight: Weight) -> _Table | None:
     """Look rows up as codes and dequantize those alone; a whole table would be dequantized in each run."""
     codes, blocks = weight.codes(), weight.blocks()
     size = _block_size(blocks.T) if codes.ndim == 2 and attribute(node, "axis", 0) == 0 else None
     if size is None or codes.shape[1] % 2:
         _narrow(model, weight)
-        return
+        return None
     parts = _parts(model, weight, codes, blocks[:, ::size], table=True)
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": size}
     if parts[0].dtype == ir.DataType.UINT8:
@@ -201,6 +237,7 @@ def _store_rows(model: ir.Model, node: ir.Node, weight: Weight) -> None:
     model.graph.insert_before(node, rows)
     replace(model.graph, node.outputs[0], rows.outputs[0])
     model.graph.remove(node, safe=True)
+    return _Table(parts, codes, size)
 
 
 def _narrow(model: ir.Model, weight: Weight) -> None:
@@ -226,27 +263,23 @@ def _by_input(blocks: Array) -> tuple[Array, dict[str, int]] | None:
 def _block_size(blocks: Array) -> int | None:
     """Return the largest power of two so many neighbours of the first axis share a scale."""
     size: int = 1 << max(len(blocks) - 1, _LEAST_BLOCK - 1).bit_length()
-    while size >= _LEAST_BLOCK:
-        if (blocks == np.repeat(blocks[::size], size, 0)[: len(blocks)]).all():
-            return size
-        size //= 2
-    return None
+    changes = np.flatnonzero((blocks[1:] != blocks[:-1]).reshape(len(blocks) - 1, -1).any(1)) + 1
+    common = int(np.gcd.reduce(changes, initial=size))  # what divides all of them, a power of two as size is
+    return common if common >= _LEAST_BLOCK else None
 
 
 def _parts(
     model: ir.Model, weight: Weight, codes: Array, index: Array, table: bool = False
 ) -> list[ir.Value]:
-    """Return codes, scales and, where they are not what the operation assumes, zero points."""
+    """Return codes, scales and, where they are not 0, zero points."""
     zero_point = np.broadcast_to(weight.source.zero_point, weight.source.scale.shape).reshape(-1)[index]
-    dtype, assumed = _type(model, codes, zero_point, least_bits=4 if table else 2), 0
+    dtype = _type(model, codes, zero_point, least_bits=4 if table else 2)
     if table and dtype == np.int8:
         codes, zero_point = (x.astype(np.int16) + _MIDDLE for x in (codes, zero_point))
         dtype = np.dtype(np.uint8)
-    if table and dtype == np.uint8:
-        assumed = _MIDDLE
     stem = weight.name + (ROWS if table else FACTOR)
     parts = {stem: codes.astype(dtype), f"{stem}.scale": weight.source.scale.reshape(-1)[index]}
-    if (zero_point != assumed).any():
+    if zero_point.any() or (table and dtype == np.uint8):  # for none there one operation takes 128, another 0
         parts[f"{stem}.zero_point"] = zero_point.astype(dtype)
     return [initializer(model.graph, *part) for part in parts.items()]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from qpipe import RecipeError
 from qpipe.calls import Call, exported
+from qpipe.errors import cause
 
 _Array = np.ndarray[Any, Any]
 _OPSET = 21  # of ONNX, between torch's graph and OpenVINO's
@@ -44,9 +45,8 @@ def translate(model: nn.Module, call: Call) -> Any:  # noqa: ANN401  # openvino.
     except RecipeError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise RecipeError(
-            f"the model has no OpenVINO form: {type(error).__name__}: {reason}; leave out exporter openvino"
+            f"the model has no OpenVINO form: {cause(error)}; leave out exporter openvino"
         ) from error
     _simplify(graph)
     return graph

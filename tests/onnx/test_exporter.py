@@ -11,10 +11,11 @@ import pytest
 import torch
 from qpipe_methods.granularity.subchannel import PerSubchannel
 from qpipe_onnx._agreement import step_by_step
+from qpipe_onnx._trace import trace
 from qpipe_onnx.exporter.onnx import OnnxExporter
 from torch import Tensor, nn
 
-from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, Task, convert
+from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, RecipeError, Task, convert
 from qpipe.nn import ChannelClip, edge_quantizers
 from qpipe.stages.prepare import prepare
 
@@ -233,6 +234,18 @@ def test_bounds_of_their_own_for_each_channel_are_taken_of_codes(export: Export)
     assert not nodes.keys() & {"Conv", "DequantizeLinear"}
     assert artifact.proof["largest_edge_difference_steps"] <= 1
     assert artifact.proof["equal_codes_percent"] > 99.9
+
+
+class _Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        q, r = torch.linalg.qr(x)
+        return q + r
+
+
+def test_an_operation_without_an_onnx_form_is_named() -> None:
+    """Not torch's report of the step at which it stopped."""
+    with pytest.raises(RecipeError, match=r"no ONNX form.*: \w+: .*linalg_qr.*leave out exporter onnx"):
+        trace(_Unknown(), ((torch.randn(2, 3, 3),), {}), 21)
 
 
 def test_an_edge_that_is_computed_otherwise_is_named(exported: Exported) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from qpipe_zoo.data.text import Text
@@ -188,6 +190,29 @@ def test_a_decoder_is_quantized_from_the_command_line(
     assert main([*words, "tokenizer=x"]) == 2
     assert main(["model=hf", f"model.path={tmp_path}", *words[2:]]) == 2
     assert "neither a config.json" in capsys.readouterr().err
+
+
+def test_a_decoder_is_one_proved_file_whose_head_and_rows_are_stored_once(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text(tmp_path, tiny_llama)
+    words = ["model=hf", f"model.path={tiny_llama}", "data=text", "data.path=own.txt", "target=generic"]
+    bits = ["weight.num_bits=4", "granularity@weight.granularity=subchannel", "activation=null"]
+    quick = ["weight.granularity.group_size=16", "exporter=[onnx]", "evaluator=[]", "tracker=null", "out=run"]
+    assert main([*words, *bits, *quick, "data.num_evaluation=4", "data.length=64"]) == 0
+    [artifact] = json.loads((tmp_path / "run" / "report.json").read_text())["artifacts"]
+    proof, linears = artifact["proof"], 2 * 7  # two blocks
+    assert (proof["nodes"]["MatMulNBits"], proof["nodes"]["GatherBlockQuantized"]) == (linears + 1, 1)
+    assert proof["layers"] == linears + 2  # the head and the rows are compared too
+    assert proof["largest_layer_difference"] < 1e-5
+    assert proof["samples"] == 4
+    graph = onnx.load(tmp_path / "run" / artifact["path"]).graph
+    stored = [t for t in graph.initializer if ".codes" in t.name]
+    floats = 4 * sum(p.numel() for p in hf(str(tiny_llama)).parameters() if p.dim() == 2)
+    scales = sum(math.prod(t.dims) for t in stored if t.name.endswith(".scale"))
+    assert sum(len(t.raw_data) for t in stored) == floats / 8 + 4 * scales == floats / 8 + floats / 16
+    assert len(stored) == 2 * (linears + 1)
 
 
 def test_the_experiment_for_decoders_runs(

@@ -27,9 +27,9 @@ from qpipe import (
     hookimpl,
     payload_bytes,
 )
-from qpipe.calls import Call, indexed, moved, repeated, some_samples
+from qpipe.calls import Call, indexed, moved, some_samples
 from qpipe.conversion import reason_not_affine
-from qpipe.proof import calls, end_to_end, latencies_ms
+from qpipe.proof import calls, end_to_end, latencies
 from qpipe.tables import precision
 from qpipe_onnx._agreement import step_by_step
 from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes
@@ -37,7 +37,6 @@ from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
 _STEP_SAMPLES = 16  # compared edge by edge
-_BATCH_SIZES = {"": 1, "_b32": 32}  # timed, by what their figures are called behind
 _PROBE = torch.empty(8, 4096, device="meta")
 
 
@@ -112,25 +111,19 @@ class OnnxExporter(Exporter):
         return OnnxRuntimeModule.open(path)
 
     def _latency(
-        self, file: Path, module: OnnxRuntimeModule, twin: Callable[[Path], None], call: Call, rounds: bool
+        self, file: Path, module: OnnxRuntimeModule, twin: Callable[[Path], bool], call: Call, rounds: bool
     ) -> dict[str, Any]:
         """Time the file beside the float graph and beside ONNX Runtime's own choice of precision."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / _FILE
             modules = {"": module}
-            if self.compare_fp32:
-                twin(path)
+            if self.compare_fp32 and twin(path):
                 modules["fp32_"] = OnnxRuntimeModule(path, module.keywords, module.output)
             if rounds and self.accuracy_level != ROUNDED:
                 modules["default_precision_"] = OnnxRuntimeModule(
                     file, module.keywords, module.output, accuracy_level=ROUNDED
                 )
-            figures: dict[str, Any] = {"threads": 1, "batch_sizes": [*_BATCH_SIZES.values()]}
-            for suffix, size in _BATCH_SIZES.items():
-                times = latencies_ms([*modules.values()], repeated(call, size))
-                names = (f"{word}latency_ms{suffix}" for word in modules)
-                figures |= dict(zip(names, times, strict=True))
-        return figures
+            return latencies(modules, call)
 
 
 def _reason(role: Role, slot: Slot, rounded: bool) -> str | None:

@@ -11,15 +11,14 @@ from torch import nn
 
 from qpipe import Artifact, DataError, ExportContext, Exporter, Recipe, Role, Slot, convert, hookimpl
 from qpipe.artifact import sha256
-from qpipe.calls import Call, indexed, moved, repeated, some_samples
+from qpipe.calls import Call, indexed, moved, some_samples
 from qpipe.conversion import reason_not_affine
-from qpipe.proof import calls, end_to_end, latencies_ms
+from qpipe.proof import calls, end_to_end, latencies
 from qpipe_openvino._agreement import step_by_step
 from qpipe_openvino._graph import translate
 from qpipe_openvino._runtime import MANIFEST, OpenVinoModule, write
 
 _STEP_SAMPLES = 16  # compared edge by edge
-_BATCH_SIZES = {"": 1, "_b32": 32}  # timed, by what their figures are called behind
 _PROBE = torch.empty(8, 4096, device="meta")
 
 
@@ -77,19 +76,14 @@ class OpenVinoExporter(Exporter):
         return OpenVinoModule.open(path)
 
     def _latency(self, module: OpenVinoModule, reference: nn.Module, call: Call) -> dict[str, Any]:
-        modules, names = [module], ["latency_ms"]
+        modules = {"": module}
         if self.compare_fp32:
             graph = translate(reference.cpu(), call)
-            modules += [
-                OpenVinoModule(graph, module.keywords, module.output, default_precision=default)
-                for default in (False, True)
-            ]
-            names += ["fp32_latency_ms", "default_precision_latency_ms"]
-        figures: dict[str, Any] = {"threads": 1, "batch_sizes": [*_BATCH_SIZES.values()]}
-        for suffix, size in _BATCH_SIZES.items():
-            times = latencies_ms(modules, repeated(call, size))
-            figures |= dict(zip((name + suffix for name in names), times, strict=True))
-        return figures
+            for word, default in (("fp32_", False), ("default_precision_", True)):
+                modules[word] = OpenVinoModule(
+                    graph, module.keywords, module.output, default_precision=default
+                )
+        return latencies(modules, call)
 
 
 def _reason(role: Role, slot: Slot, static: bool) -> str | None:
