@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from qpipe.errors import QpipeError
+
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +46,14 @@ def _main(arguments: argparse.Namespace) -> int:
     except QpipeError as problem:
         error(problem)
         return _code(problem)
+    except OSError as problem:
+        if problem.errno not in _NO_ROOM:
+            raise
+        error(f"failed: {problem.strerror}; make room, or choose another out=, and repeat the command")
+        return 1
     except (KeyboardInterrupt, SystemExit):  # Lightning exits when interrupted
-        error("interrupted; nothing was kept")
+        kept = "the same command goes on" if arguments.multirun else "nothing was kept"
+        error(f"interrupted; {kept}")
         return 130
 
 

@@ -228,13 +228,15 @@ def run_jobs(
     finally:
         _of_this_process.cache_clear()  # models and results of a sweep that is over
         sweep.status = "killed" if sweep.status == "running" else sweep.status
-        sweep.write()
-        with only_a_page(sweep.folder):
-            write_sweep_page(sweep.folder)
-        where = None
-        if tracker and sweep.parent:
-            where = tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
-        console.sweep(sweep.rows, sweep.folder, where, sweep.findings)
+        try:
+            sweep.write()
+        finally:  # a full disk leaves no run open
+            with only_a_page(sweep.folder):
+                write_sweep_page(sweep.folder)
+            where = None
+            if tracker and sweep.parent:
+                where = tracker.finish_sweep(sweep.parent, sweep.status, sweep.folder)
+            console.sweep(sweep.rows, sweep.folder, where, sweep.findings)
     return 4 if bad else 0
 
 

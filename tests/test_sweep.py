@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -78,6 +79,20 @@ def test_a_resumed_sweep_goes_on_with_its_parent_and_records_what_was_lost(
         ["sync", "1", "parent"],
         ["finish_sweep", "parent", "finished"],
     ]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_run_open(
+    toyrun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> None:
+        if "finished" in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qpipe.sweep.write_aside", full)
+    assert toyrun("-m", "weight.num_bits=8,4", "out=sweep") == 1
+    assert "failed: No space left on device; make room" in capsys.readouterr().err
+    told = [json.loads(line) for line in (tmp_path / "told.txt").read_text().splitlines()]
+    assert told[-1] == ["finish_sweep", "parent", "killed"]
 
 
 def test_a_folder_of_another_sweep_is_refused(toyrun: Run, capsys: pytest.CaptureFixture[str]) -> None:
