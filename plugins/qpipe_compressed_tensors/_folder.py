@@ -16,6 +16,7 @@ from qpipe.artifact import sha256
 from qpipe.nn import QuantizedWeight, weight_quantizers
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
+_ELSEWHERE = "transformers_weights"  # what transformers reads instead, whatever the digest says
 _OURS = "qpipe"  # our note in config.json
 
 
@@ -52,6 +53,11 @@ def read(folder: Path) -> nn.Module:
         raise DataError(
             f"{folder / CONFIG} was not written by exporter compressed_tensors ({error})"
         ) from None
+    if elsewhere := described.get(_ELSEWHERE):
+        raise DataError(
+            f"{folder / CONFIG} reads weights from another file ('{elsewhere}'), which this exporter never "
+            "writes; do not trust it"
+        )
     if not (folder / TENSORS).is_file() or sha256(folder / TENSORS) != digest:
         raise DataError(f"{folder / TENSORS} is not the file {CONFIG} was written for; export again")
     kind = getattr(transformers, str(name), None)

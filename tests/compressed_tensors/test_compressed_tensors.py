@@ -99,6 +99,10 @@ def test_a_changed_folder_is_refused(make_context: MakeContext, make_recipe: Cal
     path.write_text(json.dumps({**config, "architectures": ["os"]}))
     with pytest.raises(DataError, match="names the architecture 'os'"):
         CompressedTensorsExporter.load(path)
+    path.write_text(json.dumps({**config, "transformers_weights": "../other/model.safetensors"}))
+    with pytest.raises(DataError, match=r"reads weights from another file \('\.\./other"):
+        CompressedTensorsExporter.load(path)
+    path.write_text(json.dumps(config))
     tensors = context.folder / "model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\1")
     with pytest.raises(DataError, match=r"is not the file config.json was written for"):
