@@ -39,7 +39,7 @@ class AdaRound(LayerwiseStrategy):
         self,
         iterations: int = 500,
         lr: float = 0.02,
-        regularization: float = 1.0,
+        regularization: float = 1000.0,
         beta: tuple[float, float] = (20.0, 2.0),
         warm_start: float = 0.2,
         match: str = "layer",

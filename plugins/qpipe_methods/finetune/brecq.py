@@ -66,7 +66,7 @@ class BRECQ(FinetuneStrategy):
         step_lr: float = 4e-4,
         drop: float = 0.5,
         fisher: bool = False,
-        regularization: float = 1.0,
+        regularization: float = 1000.0,
         beta: tuple[float, float] = (20.0, 2.0),
         warm_start: float = 0.2,
         num_samples: int = 128,
