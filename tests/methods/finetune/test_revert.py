@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from qpipe_methods.finetune.revert import fewest
+from qpipe_methods.finetune.revert import FLOAT_BITS, Part, Revert, fewest
 from torch import Tensor, nn
 
 import qpipe
 from qpipe.errors import GateError, RecipeError
+from qpipe.nn import FakeQuant
 
 SQNR = "sqnr_db"
 
@@ -68,6 +69,22 @@ def test_the_one_bad_layer_is_raised_and_no_other(net: Net, data: Tensor) -> Non
     assert (
         float(report.tables["simulated.revert"]["rows"][0]["error that goes with it"].removesuffix(" %")) > 90
     )
+
+
+def quantizer(num_bits: int) -> FakeQuant:
+    layer = qpipe.quantize(nn.Linear(2, 2), torch.rand(4, 2), weight={"num_bits": num_bits}, evaluator=[])[0]
+    return next(m for m in layer.modules() if isinstance(m, FakeQuant) and m.slot.spec.num_bits == num_bits)
+
+
+def test_the_worst_goes_first_through_every_width() -> None:
+    def part(name: str, num_bits: int, is_edge: bool = False) -> Part:
+        weight: Any = None
+        return Part(name, (quantizer(num_bits),), () if is_edge else (weight,))
+
+    good, edge, worst = part("good", 4), part("edge", 8, is_edge=True), part("worst", 2)
+    steps = Revert(bits=(4, 8)).steps({good: 0.1, edge: 0.2, worst: 0.5})
+    floats = [(p, FLOAT_BITS) for p in (worst, edge, good)]
+    assert steps == [(worst, 4), (worst, 8), (good, 8), *floats]
 
 
 def test_what_holds_is_left_alone(net: Net, data: Tensor) -> None:
