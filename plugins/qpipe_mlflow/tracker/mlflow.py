@@ -115,7 +115,7 @@ class MLflowTracker(Tracker):
         """Record the run's folder and close the run; return the command or the page that shows it."""
         written = folder if folder is not None and (folder / "report.json").is_file() else None
         if self.client is None or self.run_id is None:
-            return self._spooled(written, "not recorded") if written else None
+            return self._spooled(written) if written else None
         try:
             probe(self.uri)  # a server that died meanwhile is not waited for at every call
             if written:
@@ -124,7 +124,7 @@ class MLflowTracker(Tracker):
             self.client.set_terminated(self.run_id, status.upper())
         except Exception as error:  # whatever a store raises
             self._lost(error)
-            return self._spooled(written, "not recorded completely") if written else None
+            return self._spooled(written) if written else None
         return self._where()
 
     @quiet()
@@ -234,13 +234,13 @@ class MLflowTracker(Tracker):
                 _first_line(error),
             )
 
-    def _spooled(self, folder: Path, what: str) -> str:
+    def _spooled(self, folder: Path) -> str:
         """Keep what the store did not take; return how it is recorded later."""
         try:
             write_spool(folder, self.run_id, self.curves.kept if self.curves else ())
         except OSError as error:
             log.warning("curves are not kept: %s", error)
-        return f"{what}; later: qpipe sync {folder}"
+        return f"not recorded{' completely' if self.run_id else ''}; later: qpipe sync {folder}"
 
     def _where(self) -> str:
         if self.uri.startswith(("http://", "https://")):
