@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -88,7 +91,29 @@ def compiled(graph: Any, threads: int = 1, default_precision: bool = False) -> A
     options = {"INFERENCE_NUM_THREADS": str(threads)}
     if not default_precision:
         options |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    return openvino.Core().compile_model(graph, "CPU", options)
+    with _signal_stack_kept():
+        return openvino.Core().compile_model(graph, "CPU", options)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Put the thread's alternate signal stack back: OpenVINO leaves one too small for a Python handler.
+
+    Where the processor has AMX, Ctrl-C after compile_model would end in a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 def write(graph: Any, folder: Path, keywords: Sequence[str], output: Any) -> Path:  # noqa: ANN401

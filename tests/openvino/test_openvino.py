@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,3 +160,20 @@ def test_what_cannot_be_expressed_is_said_in_a_sentence(
     changed = replace(slot, spec=replace(slot.spec, **changes))
     assert OpenVinoExporter().reason_not(recipe) is None
     assert reason in str(OpenVinoExporter().reason_not(replace(recipe, **{role: changed})))
+
+
+def signal_stack() -> bytes:
+    """Return this thread's alternate signal stack: a pointer, flags, a size."""
+    found = ctypes.create_string_buffer(24)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(None, found)
+    return found.raw
+
+
+BEFORE = signal_stack()  # when tests are collected, before any runs
+
+
+@pytest.mark.usefixtures("exported")
+def test_no_signal_stack_is_left_behind() -> None:
+    """On the one that OpenVINO sets for AMX a handler ran over the end: Ctrl-C was a segmentation fault."""
+    assert signal_stack() == BEFORE
