@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -78,6 +79,7 @@ def sweep_page(sweep: Row) -> str:
         status=sweep["status"],
         command=sweep["command"],
         axes=axes,
+        fixed=_fixed(sweep),
         quality=quality,
         findings=[
             *sweep.get("findings", ()),
@@ -94,6 +96,13 @@ def sweep_page(sweep: Row) -> str:
         bad=[job for job in jobs if job["status"] not in ("finished", "pending")],
         pending=[job for job in jobs if job["status"] == "pending"],
     )
+
+
+def _fixed(sweep: Row) -> str:
+    """Return the words of the command that are the same in all jobs: what was quantized, on which data."""
+    own = (*sweep["axes"], "out")
+    fixed = [word for word in shlex.split(sweep["command"]) if word.partition("=")[0] not in own]
+    return shlex.join(word for word in fixed if "=" in word)
 
 
 def _points(sweep: Row) -> Iterator[Point]:

@@ -76,6 +76,14 @@ def test_it_says_which_setting_to_choose_and_what_matters() -> None:
     assert "calibrator minmax 90" in text  # (96 + 88 + 86) / 3
 
 
+def test_it_says_what_all_settings_share() -> None:
+    command = (
+        "python -m qpipe -m model=lite0 'exporter=[]' calibrator=minmax,mse weight.num_bits=8,4,3 out=here"
+    )
+    text = text_of(sweep_page({**sweep(AXES, by_bits), "command": command}))
+    assert "The same in all: model=lite0 'exporter=[]'." in text
+
+
 def test_failures_come_with_their_command() -> None:
     text = text_of(sweep_page(sweep(AXES, by_bits, failed=(2,))))
     assert "5 settings with figures; 1 failed or missed its gate" in text
