@@ -152,6 +152,11 @@ def _check_headers(config: Mapping[str, Any]) -> None:
                     f"{kind} '{config[kind].get('name', name)}': its yaml must begin with the line "
                     f"'# @package {kind}.<name>', or a list of several {kind}s would keep only the last"
                 )
+            if "name" not in value:  # as an experiment's, whose method was left out
+                raise RecipeError(
+                    f"{kind}.{name} has settings ({', '.join(value)}), but {name} is not chosen; "
+                    f"add it to {kind}=[…], or leave out the experiment that sets them"
+                )
 
 
 def _first_line(error: Exception) -> str:

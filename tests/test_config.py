@@ -186,6 +186,12 @@ def test_a_list_option_without_its_header_is_refused(install: Install) -> None:
         compose_config(["transform=[toy]"])
 
 
+def test_settings_of_a_method_that_was_left_out_are_named() -> None:
+    said = r"finetune.gptq has settings \(match\), but gptq is not chosen; add it to finetune="
+    with pytest.raises(RecipeError, match=said):
+        compose_config(["experiment=weight_only_w4", "finetune=[]"])
+
+
 def test_what_is_hidden_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPIPE_PLUGINS", "methods")
     with pytest.raises(RecipeError, match="installed: none; QPIPE_PLUGINS=methods hides the rest"):
