@@ -113,19 +113,18 @@ def _figures(metrics: Row, speeds: Mapping[str, str]) -> dict[str, Any]:
         {
             "name": name,
             "cells": [
-                {"value": values.get(name), "change": _moved(variant, name, values, base, speeds)}
+                {
+                    "value": values.get(name),
+                    "change": ""
+                    if variant == "fp32"
+                    else words.moved(name, values, base, speeds.get(variant)),
+                }
                 for variant, values in metrics.items()
             ],
         }
         for name in names
     ]
     return {"variants": list(metrics), "rows": rows}
-
-
-def _moved(variant: str, name: str, values: Row, base: Row, speeds: Mapping[str, str]) -> str:
-    if variant == "fp32":
-        return ""
-    return words.moved(name, values, base, speeds.get(variant))
 
 
 def _said(table: Any, key: str) -> str:  # noqa: ANN401

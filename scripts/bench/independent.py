@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from decoder import peer_hqq
 from torch import Tensor, nn
 
 CHANNEL = {"num_bits": 4}
@@ -145,18 +146,6 @@ def autoround(module: nn.Linear, x: Tensor, iterations: int) -> Tensor:
     return best
 
 
-def hqq(module: nn.Linear, x: Tensor, num_bits: int) -> Tensor:
-    from hqq.core.quantize import Quantizer
-
-    weight = module.weight.detach()
-    codes, meta = Quantizer.quantize(
-        weight, nbits=num_bits, group_size=64, axis=1, optimize=True, round_zero=False, device="cpu",
-        compute_dtype=torch.float32, bitpack=False,
-    )  # fmt: skip
-    result: Tensor = Quantizer.dequantize(codes, meta)
-    return result.float().reshape(weight.shape)
-
-
 def output_error(module: nn.Linear, x: Tensor, found: Tensor) -> float:
     return (x @ (found - module.weight.detach()).T).square().sum().item()
 
@@ -193,8 +182,8 @@ ROWS: dict[str, tuple[Mapping[str, Any], list[Any], str, Theirs]] = {
         "auto_round",
         lambda m, x: autoround(m, x, 200),
     ),
-    "hqq, 4 bits": (HQQ, [], "hqq", lambda m, x: hqq(m, x, 4)),
-    "hqq, 3 bits": ({**HQQ, "num_bits": 3}, [], "hqq", lambda m, x: hqq(m, x, 3)),
+    "hqq, 4 bits": (HQQ, [], "hqq", lambda m, x: peer_hqq(m.weight.detach(), 4, False)),
+    "hqq, 3 bits": ({**HQQ, "num_bits": 3}, [], "hqq", lambda m, x: peer_hqq(m.weight.detach(), 3, False)),
 }
 
 

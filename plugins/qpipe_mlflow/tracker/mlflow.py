@@ -18,7 +18,6 @@ from qpipe_mlflow._record import (
     digest,
     log_config,
     log_folder,
-    log_points,
     read_spool,
     write_spool,
 )
@@ -119,7 +118,6 @@ class MLflowTracker(Tracker):
         try:
             probe(self.uri)  # a server that died meanwhile is not waited for at every call
             if written:
-                log_points(self.client, self.run_id, self.curves.kept if self.curves else ())
                 log_folder(self.client, self.run_id, written, self.serve, self.register)
             self.client.set_terminated(self.run_id, status.upper())
         except Exception as error:  # whatever a store raises
