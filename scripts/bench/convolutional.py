@@ -4,14 +4,16 @@
     python scripts/bench/convolutional.py --models resnet_digits --engines onnxruntime --recipes minmax
 
 ONNX Runtime's own tool is quantize_static, OpenVINO's is NNCF, each with the setting named in its row. SQNR
-is that of the logits to float32's; times are process CPU time of one thread in turns, an image. Bars: 0.97 of
-the own tool's speed at batch 1 and 32, at equal or better SQNR; no convolution or addition in floating point.
+is that of the logits to float32's; times are process CPU time of one thread in turns, an image, a turn being
+long enough for the clock; speed is that beside the first row's, turn by turn. Bars: 0.97 of the own tool's
+speed at batch 1 and 32, at equal or better SQNR; no convolution or addition in floating point.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -42,8 +44,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 STATIC = ("minmax", "percentile")
-PRESETS = ("PERFORMANCE", "MIXED")
-CALLS = {1: 20, 32: 2}
+TOOL = {  # of NNCF: preset, bias correction
+    "performance": ("PERFORMANCE", True),
+    "mixed": ("MIXED", True),
+    "mixed, no bias correction": ("MIXED", False),
+}
+SIZES = (1, 32)
+SECONDS = 0.04  # of calls between two looks at the clock: enough that a turn repeats within a few percent
 
 
 def efficientnet(calibration: int, evaluation: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -115,29 +122,54 @@ def ours(model: nn.Module, crops: Tensor, engine: str, recipe: dict[str, Any], o
     return in_openvino(openvino.Core().read_model(path.parent / "model.xml"))
 
 
-def nncf(model: nn.Module, crops: Tensor, preset: str) -> tuple[Run, Any]:
+def nncf(model: nn.Module, crops: Tensor, preset: str, correct: bool) -> tuple[Run, Any]:
     import nncf
     import openvino
 
     graph = openvino.convert_model(model, example_input=crops[:1])
     data = nncf.Dataset([crop.numpy() for crop in crops.split(1)])
-    chosen = getattr(nncf.QuantizationPreset, preset)
-    return in_openvino(nncf.quantize(graph, data, preset=chosen, subset_size=len(crops)))
+    return in_openvino(
+        nncf.quantize(
+            graph,
+            data,
+            preset=getattr(nncf.QuantizationPreset, preset),
+            subset_size=len(crops),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=not correct),
+        )
+    )
 
 
-def cpu_ms(runs: dict[str, Run], crops: np.ndarray[Any, Any], rounds: int) -> dict[str, list[float]]:
-    """Return CPU milliseconds an image for each batch size: medians of rounds taken in turns."""
-    times: dict[str, list[list[float]]] = {name: [[] for _ in CALLS] for name in runs}
-    for turn in range(rounds + 1):
-        for position, (size, calls) in enumerate(CALLS.items()):
-            x = np.resize(crops, (size, *crops.shape[1:]))
-            for name, run in runs.items():
-                start = time.process_time()
-                for _ in range(calls):
-                    run(x)
-                if turn:
-                    times[name][position].append(1e3 * (time.process_time() - start) / calls / size)
-    return {name: [statistics.median(taken) for taken in sizes] for name, sizes in times.items()}
+def cpu_ms(runs: dict[str, Run], crops: np.ndarray[Any, Any], rounds: int) -> dict[str, list[list[float]]]:
+    """Return CPU milliseconds an image for each batch size, a figure a round; each begins elsewhere."""
+    times: dict[str, list[list[float]]] = {name: [[] for _ in SIZES] for name in runs}
+    names = [*runs]
+    for position, size in enumerate(SIZES):
+        x = np.resize(crops, (size, *crops.shape[1:]))
+        calls = max(2, math.ceil(SECONDS / seconds(runs[names[0]], x, 5)))
+        for turn in range(rounds):
+            for name in np.roll(names, turn):
+                taken = seconds(runs[name], x, calls)
+                times[name][position].append(1e3 * taken / size)
+    return times
+
+
+def seconds(run: Run, x: np.ndarray[Any, Any], calls: int) -> float:
+    """Return the process CPU time of a call, after one that prepares for the batch size."""
+    run(x)
+    start = time.process_time()
+    for _ in range(calls):
+        run(x)
+    return (time.process_time() - start) / calls
+
+
+def figures(times: list[list[float]], first: list[list[float]]) -> str:
+    """Write the medians for each batch size, and the speed beside the first row's."""
+    medians = " / ".join(f"{statistics.median(taken):.3g}" for taken in times)
+    speed = (
+        statistics.median(a / b for a, b in zip(other, taken, strict=True))
+        for taken, other in zip(times, first, strict=True)
+    )
+    return f"{medians} | {' / '.join(f'{x:.2f}' for x in speed)}"
 
 
 def rows(
@@ -148,7 +180,7 @@ def rows(
         for name in recipes
     }
     if engine == "openvino":
-        return {f"NNCF, {preset.lower()}": nncf(model, crops, preset) for preset in PRESETS} | made
+        return {f"NNCF, {name}": nncf(model, crops, *chosen) for name, chosen in TOOL.items()} | made
     path = folder / "fp32.onnx"
     export_float(model, crops, path)
     static = {f"quantize_static, {m}": in_onnxruntime(theirs(m, path, crops, folder)) for m in STATIC}
@@ -164,13 +196,15 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=[*RECIPES], choices=[*RECIPES], help="of qpipe")
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--evaluation", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=21)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    print("| model | engine | tool | SQNR dB | agreement | float conv, add, product | CPU ms b1 / b32 |")
-    print("|---|---|---|--:|--:|---|--:|")
+    print(
+        "| model | engine | tool | SQNR dB | agreement | float conv, add, product | CPU ms b1 / b32 | speed |"
+    )
+    print("|---|---|---|--:|--:|---|--:|--:|")
     for name in chosen.models:
         model, calibration, evaluation = MODELS[name](chosen.calibration, chosen.evaluation)
         with torch.no_grad():
@@ -185,7 +219,7 @@ def main() -> None:
                     logits = np.concatenate([run(part.numpy()) for part in evaluation.split(16)])
                     sqnr = 10 * np.log10(np.square(reference).sum() / np.square(logits - reference).sum())
                     same = (logits.argmax(1) == reference.argmax(1)).mean()
-                    speed = " / ".join(f"{x:.3g}" for x in times[row])
+                    speed = figures(times[row], times[next(iter(made))])
                     left = sum(floats.values())
                     print(
                         f"| {name} | {engine} | {row} | {sqnr:.2f} | {same:.3f} | {left} | {speed} |",
