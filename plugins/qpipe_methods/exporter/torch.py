@@ -18,6 +18,7 @@ from qpipe.calls import Call, exported, moved, some_samples
 from qpipe.conversion import reason_not_affine
 from qpipe.proof import Agreement, calls, end_to_end, latencies_ms
 from qpipe.tables import precision
+from qpipe_methods.archive import read
 
 _FILE = "model.pt2"
 _KERNELS = re.compile(
@@ -66,7 +67,7 @@ class TorchExporter(Exporter):
         converted = convert(context.simulation, tables=True).cpu()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
-            torch.export.save(exported(converted, call), path)
+            torch.export.save(_bare(exported(converted, call)), path)
             module = _loaded(path)
         with torch.no_grad():
             outputs = [context.task.compared(run(*call[0], **call[1])) for run in (module, converted)]
@@ -93,7 +94,9 @@ class TorchExporter(Exporter):
         """Return the program as a module."""
         try:
             return _loaded(path)
-        except Exception as error:  # whatever a damaged archive leads torch to
+        except DataError:
+            raise
+        except Exception as error:  # whatever an edited archive leads torch to
             reason = str(error).strip().splitlines()[:1]
             raise DataError(
                 f"{path} is no program torch can load ({''.join(reason)}); export again"
@@ -103,10 +106,18 @@ class TorchExporter(Exporter):
 def _loaded(path: Path) -> nn.Module:
     # registers torch.ops.quantized_decomposed, which the program calls
     importlib.import_module("torch.ao.quantization.fx._decomposed")
+    content = read(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.load(path)
-        return program.module()
+        return torch.export.load(content).module()
+
+
+def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out what a file for others does not need: samples of the data, this machine's paths."""
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    return program
 
 
 def _compiled(module: nn.Module, context: ExportContext, call: Call) -> dict[str, Any]:
