@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qpipe.packing import pack, payload_bytes, unpack
     from qpipe.pipeline import quantize, run
     from qpipe.recipe import Recipe, Reference, Slot
-    from qpipe.sharing import shared, shared_copy
+    from qpipe.sharing import is_shared, shared, shared_copy
     from qpipe.stages.data import calibration_batches, evaluation_batches
     from qpipe.stages.evaluate import ReferenceOutputs, score
     from qpipe.statistics import BatchExtremes, Distribution, Extremes, Histogram, Samples, Statistics
@@ -52,7 +52,7 @@ _HOME = {
     "packing": ["pack", "payload_bytes", "unpack"],
     "pipeline": ["quantize", "run"],
     "recipe": ["Recipe", "Reference", "Slot"],
-    "sharing": ["shared", "shared_copy"],
+    "sharing": ["is_shared", "shared", "shared_copy"],
     "stages.data": ["calibration_batches", "evaluation_batches"],
     "stages.evaluate": ["ReferenceOutputs", "score"],
     "statistics": ["BatchExtremes", "Distribution", "Extremes", "Histogram", "Samples", "Statistics"],

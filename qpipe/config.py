@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from qpipe.errors import RecipeError
-from qpipe.groups import Option, groups, rank
-from qpipe.overrides import OBJECTS, SEVERAL, chosen_groups, translate, unfold, value_path
+from qpipe.groups import SEVERAL, Option, groups, rank
+from qpipe.overrides import OBJECTS, chosen_groups, translate, unfold, value_path
 from qpipe.registry import conf_dir, installed_packages, suggest
 
 _REQUIRED = (*OBJECTS, "target", "quantizer", "calibrator", "granularity")

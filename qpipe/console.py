@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpipe.groups import SEVERAL
+
 if TYPE_CHECKING:
     from qpipe.sweep import Row
     from qpipe.types import Report
 
 
 _KINDS = ("quantizer", "calibrator", "granularity")
-_SEVERAL = ("transform", "finetune", "evaluator", "exporter")
 _NAMED = 8  # of many edges; the page has all
 _Config = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def header(config: _Config) -> None:
     ]
     rows += [("target", config["target"]["name"])]
     rows += [(role, _slot(config, config[role])) for role in ("weight", "activation")]
-    rows += [(kind, ", ".join(config[kind]) or "none") for kind in _SEVERAL if config.get(kind)]
+    rows += [(kind, ", ".join(config[kind]) or "none") for kind in SEVERAL if config.get(kind)]
     _table(None, rows)
 
 

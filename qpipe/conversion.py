@@ -33,7 +33,10 @@ def convert(model: nn.Module, dynamic: bool = False, tables: bool = False) -> nn
     """
     # registers torch.ops.quantized_decomposed, which nothing else in torch does
     importlib.import_module("torch.ao.quantization.fx._decomposed")
-    model = shared_copy(model).eval()
+    dropped = [
+        w.parameter for w in qnn.weight_quantizers(model) if w.fake_quant.enabled and w.parameter is not None
+    ]
+    model = shared_copy(model, same=dropped).eval()
     weights = [weight for weight in qnn.weight_quantizers(model) if weight.fake_quant.enabled]
     centred = any(edge.enabled for edge in qnn.edge_quantizers(model))
     stand_ins = {id(weight.fake_quant): _weight(weight, tables, centred) for weight in weights}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from qpipe.errors import GateError, RecipeError
 
 _Row = Mapping[str, float]
+_SMALLER_IS_BETTER = ("ms", "bytes", "perplexity", "loss", "nats")
+
+
+def better_low(name: str) -> bool:
+    """Whether less of a metric is better, by the last word of its name: size_bytes, onnx.perplexity."""
+    return re.split(r"[._]", name)[-1] in _SMALLER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Gate:
 
     Args:
         metric: the name looked at; None: the first that the float model has.
-        max_drop: what may be lost from the float model, in the metric's unit.
+        max_drop: what may be lost from the float model, in the metric's unit: added, where less is better.
         min: the least value.
 
     Raises:
@@ -71,8 +78,11 @@ class Gate:
         value = row[name]
         if self.min is not None and value < self.min:
             return f"{name} is {value:.4g}, at least {self.min:.4g} was asked for"
-        if self.max_drop is not None and fp32[name] - value > self.max_drop:
-            drop = f"{name} is {value:.4g}, {fp32[name] - value:.4g} below fp32"
+        if self.max_drop is None:
+            return None
+        lost, side = (value - fp32[name], "above") if better_low(name) else (fp32[name] - value, "below")
+        if lost > self.max_drop:
+            drop = f"{name} is {value:.4g}, {lost:.4g} {side} fp32"
             return f"{drop}; at most {self.max_drop:.4g} was allowed"
         return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qpipe.registry import conf_dir, installed_packages
 
+SEVERAL = ("transform", "finetune", "evaluator", "exporter")  # several may be chosen, in order
 _ORDER = (
     *("model", "data", "task", "target", "weight", "activation", "quantizer", "calibrator", "granularity"),
     *("layers", "transform", "bits", "finetune", "evaluator", "exporter", "tracker", "trainer", "experiment"),

@@ -12,12 +12,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import HydraException
 
 from qpipe.errors import RecipeError
-from qpipe.groups import Option
+from qpipe.groups import SEVERAL, Option
 from qpipe.kinds.sweeper import Choice, Domain, Interval
 from qpipe.registry import suggest
 
 SLOTS = ("weight", "activation")
-SEVERAL = ("transform", "finetune", "evaluator", "exporter")
 OBJECTS = ("model", "data", "task", "trainer")  # built by `_target_`: their keys are their constructor's
 _OURS = "data.calibration"
 _BY_RATIO = "log"  # a tag in the command line's words

@@ -39,3 +39,16 @@ def test_a_float_model_without_metrics_needs_one_named() -> None:
 def test_words_are_no_bounds() -> None:
     with pytest.raises(RecipeError, match=r"gate.min=high is no number"):
         Gate(min="high")  # type: ignore[arg-type]  # what the command line may hold
+
+
+@pytest.mark.parametrize(
+    "name", ["size_bytes", "latency_p95_ms", "perplexity", "other_perplexity", "loss_nats"]
+)
+def test_what_is_better_when_smaller_is_lost_upwards(name: str) -> None:
+    def figures(value: float) -> dict[str, dict[str, float]]:
+        return {"fp32": {name: 20.0}, "simulated": {name: value}}
+
+    Gate(max_drop=0).check(figures(5.0))
+    Gate(max_drop=1).check(figures(21.0))
+    with pytest.raises(GateError, match=f"{name} is 21.5, 1.5 above fp32; at most 1 was allowed"):
+        Gate(max_drop=1).check(figures(21.5))

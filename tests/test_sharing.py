@@ -4,11 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qpipe.sharing import shared, shared_copy
-
-
-def is_shared(x: torch.Tensor) -> bool:
-    return bool(torch._C._is_cow_tensor(x))
+from qpipe.sharing import is_shared, shared, shared_copy
 
 
 def test_a_copy_takes_memory_once_it_is_written_to() -> None:
@@ -24,6 +20,13 @@ def test_a_copy_takes_memory_once_it_is_written_to() -> None:
     torch.testing.assert_close(twin[0].weight, 2 * before["0.weight"])
     assert torch.equal(model[0].weight, before["0.weight"])
     assert torch.equal(twin[1].weight, before["1.weight"])
+
+
+def test_parameters_that_are_to_be_the_same_are() -> None:
+    model = nn.Linear(4, 4)
+    twin = shared_copy(model, same=[model.weight])
+    assert twin.weight is model.weight
+    assert twin.bias is not model.bias
 
 
 def test_a_step_of_an_optimizer_leaves_the_original_alone() -> None:

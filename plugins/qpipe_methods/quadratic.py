@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qpipe import QParams
+from qpipe import QParams, QpipeError
 from qpipe.nn import FakeQuant
 from qpipe_methods.reconstruction import Layer, parameter
 
 _CHUNK = 2**24  # elements that are unfolded at once: 64 MiB
+_ROWS = 128  # of a matrix of moments that are converted at once
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Moments:
 
         Call it before aimed_at, which makes xy agree.
         """
+        if not share:
+            return self
         diagonal = torch.diag_embed(self.xx.diagonal(dim1=1, dim2=2))
         return replace(self, xx=torch.lerp(self.xx, diagonal, share))
 
@@ -74,26 +77,54 @@ class Moments:
 
 def damped(xx: Tensor, damping: float) -> Tensor:
     """Return xx [G, K, K] with a share of its mean diagonal added; an unseen input counts as that mean."""
+    result = xx.clone()
+    result.diagonal(dim1=1, dim2=2).add_(added_by(damping, xx))
+    return result
+
+
+def added_by(damping: float, xx: Tensor) -> Tensor:
+    """Return what damped adds to the diagonal, [G, K]."""
     diagonal = xx.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(xx.dtype).tiny)
     unseen = diagonal <= 1e-12 * mean
-    return xx + torch.diag_embed(damping * mean + torch.where(unseen, mean, 0))
+    return damping * mean + torch.where(unseen, mean, 0)
 
 
 def moments(layer: Layer) -> Moments:
     """Sum up what reaches a layer and what it should give, in float64."""
     centred = layer.module._parameters.get("bias") is not None
-    xx = xy = yy = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
+    xx: Tensor | None = None
+    xy: Tensor | None = None
+    yy = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
     count = 0
     for x, y in _rows(layer):
         count += x.shape[2]
-        xx, xy = xx + (x @ x.mT).double(), xy + (x @ y.mT).double()
+        xx, xy = _plus(xx, x @ x.mT), _plus(xy, x @ y.mT)
         yy = yy + y.square().sum(2).double()
         sum_x, sum_y = sum_x + x.sum(2).double(), sum_y + y.sum(2).double()
+    if xx is None or xy is None:
+        raise QpipeError(f"nothing reached '{layer.name}'")
     mean_x, mean_y = sum_x / count * centred, sum_y / count * centred
-    xx = xx / count - mean_x[:, :, None] * mean_x[:, None]
-    xy = xy / count - mean_x[:, :, None] * mean_y[:, None]
+    xx, xy = xx.div_(count), xy.div_(count)
+    if centred:
+        _centre(xx, mean_x, mean_x)
+        _centre(xy, mean_x, mean_y)
     return Moments(xx, xy, yy / count - mean_y.square(), mean_x, mean_y)
+
+
+def _plus(total: Tensor | None, x: Tensor) -> Tensor:
+    """Add x [G, K, *] to a total in float64, in place, and return it."""
+    if total is None:
+        return x.double()
+    for into, part in zip(torch.split(total, _ROWS, 1), torch.split(x, _ROWS, 1), strict=True):
+        into += part  # converted row by row: no second matrix in float64
+    return total
+
+
+def _centre(products: Tensor, left: Tensor, right: Tensor) -> None:
+    """Take the product of the means [G, K] and [G, *] from mean products [G, K, *], in place."""
+    for into, mean in zip(torch.split(products, _ROWS, 1), torch.split(left, _ROWS, 1), strict=True):
+        into -= mean[:, :, None] * right[:, None]
 
 
 def goal_of(

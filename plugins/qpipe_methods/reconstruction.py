@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qpipe import Entry, QpipeError, RecipeError, Shelf, calibration_batches, shared
 from qpipe.nn import FakeQuant, QuantizedWeight, disabled, weight_quantizers
+from qpipe_methods.memory import frugal, to_disk
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -206,7 +207,7 @@ def _walk(
     title: str,
 ) -> None:
     start, done = time.perf_counter(), 0
-    layers = list(quantized_layers(model))
+    layers = quantized_layers(model)
     with _float(model, layers):
         _advance(floats)
     while (module := _advance(quants)) is not None:
@@ -214,6 +215,9 @@ def _walk(
         with _float(model, layers):
             _advance(floats)
         improve(Unit(units[module], module, calls, float_calls, [w.left(module) for w in floats]))
+        for layer in layers.keys() & {*module.modules()}:
+            if (weight := layer._parameters["weight"]) is not None:
+                to_disk(weight)
         done += 1
         spent = time.perf_counter() - start
         left = spent / done * (len(units) - done)
@@ -299,6 +303,7 @@ def _copies(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return {name: None if p is None else nn.Parameter(shared(p)) for name, p in parameters}
 
 
+@frugal()
 def _advance(walkers: Sequence[_Walker]) -> nn.Module | None:
     halted = {walker.advance() for walker in walkers}
     if len(halted) > 1:

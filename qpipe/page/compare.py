@@ -45,7 +45,7 @@ def _metric(row: Row) -> dict[str, Any]:
 
 
 def _moved(row: Row) -> str:
-    if words.better_low(row["metric"]):
+    if words.is_cost(row["metric"]):
         return words.change(row["metric"], row["b"], row["a"])
     return _signed(row["difference"])
 

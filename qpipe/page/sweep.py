@@ -66,7 +66,7 @@ def sweep_page(sweep: Row) -> str:
     """Return the page of a sweep as HTML."""
     points = list(_points(sweep))
     columns = _columns(points)
-    judged = [c for c in sweep.get("judged", ()) if c in columns and not words.better_low(c)]
+    judged = [c for c in sweep.get("judged", ()) if c in columns and not words.is_cost(c)]
     quality = judged[0] if judged else _quality(points, columns)
     costs = [c for c in (_cost(quality, cost, columns) for cost in _COSTS) if quality and c]
     axes = _axes(sweep, points)
@@ -154,7 +154,7 @@ def _quality(points: Sequence[Point], columns: Sequence[str]) -> str | None:
     candidates = [
         column
         for column in columns
-        if not column.startswith("fp32.") and not words.better_low(column) and _usable(points, column)
+        if not column.startswith("fp32.") and not words.is_cost(column) and _usable(points, column)
     ]
     executed = [c for c in candidates if not c.startswith("simulated.")] or candidates
     own = [c for c in executed if f"fp32.{c.partition('.')[2]}" in columns]

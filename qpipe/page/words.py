@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 UNITS = {"percent": "%", "db": "dB", "ms": "ms", "bytes": "B"}
-_SMALLER_IS_BETTER = ("ms", "bytes")
+_COSTS = ("ms", "bytes")
 _PREFIXES = ("", "k", "M", "G", "T")
 _Config = Mapping[str, Any]
 
@@ -25,9 +25,9 @@ def label(name: str) -> str:
     return f"{words}, {UNITS[ending]}" if ending and ending != "bytes" else words
 
 
-def better_low(name: str) -> bool:
-    """Whether less of a metric is better."""
-    return unit(name) in _SMALLER_IS_BETTER
+def is_cost(name: str) -> bool:
+    """Whether a metric is what a result costs: a size or a time."""
+    return unit(name) in _COSTS
 
 
 def number(value: Any) -> float | None:  # noqa: ANN401  # of a JSON file
@@ -73,7 +73,7 @@ def change(name: str, value: Any, base: Any) -> str:  # noqa: ANN401
     now, before = number(value), number(base)
     if now is None or before is None or not math.isfinite(now - before):
         return ""
-    if not better_low(name):
+    if not is_cost(name):
         return f"{'+' if now > before else ''}{_plain(now - before, 3)}" if now != before else "same"
     if not now or not before:
         return ""

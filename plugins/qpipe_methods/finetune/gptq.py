@@ -10,7 +10,8 @@ from torch import Tensor
 from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
 from qpipe.functional import scale_eps
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
+from qpipe_methods.memory import frugal
+from qpipe_methods.quadratic import Levels, Moments, added_by, goal_of, keep, moments, no_worse
 from qpipe_methods.reconstruction import Layer
 
 
@@ -65,14 +66,15 @@ class GPTQ(LayerwiseStrategy):
         self.match = match
         self.ridge = ridge
 
+    @frugal()
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its compensated rounding."""
-        levels, of = Levels(layer), moments(layer)
-        aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge, self.shrinkage)
-        hessian = goal.damped(self.damping)
+        levels = Levels(layer)
+        weight = levels.rows(layer.weight)
+        aim, goal = goal_of(moments(layer), weight, self.match, self.ridge, self.shrinkage)
 
         def round_to(levels: Levels) -> Tensor:
-            return compensated(aim, hessian, levels, self.block_size, self.act_order)
+            return compensated(aim, goal.xx, levels, self.block_size, self.act_order, self.damping)
 
         rounded = round_to(levels)
         if self.scales:
@@ -80,7 +82,7 @@ class GPTQ(LayerwiseStrategy):
             rounded = best_scales(layer, levels, rounded, goal, ratios, round_to)
         for _ in range(self.sweeps):
             rounded = descended(rounded, goal, levels)
-        keep(layer, levels, no_worse(rounded, levels.round(aim), goal), of)
+        keep(layer, levels, no_worse(rounded, levels.round(aim), goal), goal)
 
 
 def best_scales(
@@ -120,19 +122,27 @@ def best_scales(
 
 
 def compensated(
-    weight: Tensor, hessian: Tensor, levels: Levels, block_size: int = 128, act_order: bool = True
+    weight: Tensor,
+    hessian: Tensor,
+    levels: Levels,
+    block_size: int = 128,
+    act_order: bool = True,
+    damping: float = 0.0,
 ) -> Tensor:
-    """Return the levels GPTQ chooses for weight [G, O, K] under hessian [G, K, K]."""
-    energy = hessian.diagonal(dim1=1, dim2=2)
+    """Return the levels GPTQ chooses for weight [G, O, K] under hessian [G, K, K].
+
+    Args:
+        damping: share of the mean diagonal added to the hessian.
+    """
+    added = added_by(damping, hessian)
+    energy = hessian.diagonal(dim1=1, dim2=2) + added
     order = (
         energy.argsort(1, descending=True)
         if act_order
         else torch.arange(energy.shape[1]).expand(energy.shape)
     )
     order = order.to(weight.device)
-    factor = _inverse_factor(
-        hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
-    )
+    factor = _inverse_factor(hessian, added, order)
     left = weight.gather(2, order[:, None].expand_as(weight)).clone()
     result = torch.empty_like(left)
     columns = left.shape[2]
@@ -161,11 +171,18 @@ def descended(rounded: Tensor, goal: Moments, levels: Levels) -> Tensor:
     return rounded
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+def _inverse_factor(hessian: Tensor, added: Tensor, order: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse, rows and columns in order [G, K].
+
+    Each matrix is let go of as soon as the next is there: two [G, K, K] at most.
+    """
+    group = torch.arange(len(hessian), device=hessian.device)[:, None, None]
+    factor = hessian[group, order[:, :, None], order[:, None]]
+    factor.diagonal(dim1=1, dim2=2).add_(added.gather(1, order))
+    factor = torch.linalg.cholesky(factor)
+    factor = torch.cholesky_inverse(factor)
+    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
+    return upper
 
 
 @hookimpl

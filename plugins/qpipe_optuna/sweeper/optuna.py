@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpipe import RecipeError, Sweeper, hookimpl
+from qpipe.gate import better_low
 from qpipe.kinds.sweeper import Choice, Domain, Trial
-from qpipe.page.words import better_low, quantity, unit
+from qpipe.page.words import quantity, unit
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -71,7 +72,7 @@ class OptunaSweeper(Sweeper):
 
     Args:
         metric: 'variant.metric', or several.
-        direction: 'maximize' or 'minimize', one for each metric; None: by its unit.
+        direction: 'maximize' or 'minimize', one for each metric; None: by the last word of its name.
         n_trials: points in all, those of earlier commands counted.
         constraints: such as 'simulated.size_bytes <= 50000'.
         sampler: tpe, nsgaii, qmc or random; None: tpe, for several metrics nsgaii.
@@ -224,7 +225,7 @@ def _directions(metrics: Sequence[str], given: str | Sequence[str] | None) -> li
 
 
 def _by_unit(metric: str) -> str:
-    if not unit(metric):
+    if not unit(metric) and not better_low(metric):
         raise RecipeError(
             f"is more or less of {metric} better? give hydra.sweeper.direction={'|'.join(_DIRECTIONS)}"
         )
