@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe.errors import RecipeError, cause
+from qpipe.errors import DataError, RecipeError, cause
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
 
@@ -69,6 +69,32 @@ def tensors(call: Call) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
 
 
+def given(call: Call, keywords: Iterable[str], shapes: Mapping[str, Sequence[int | str]]) -> list[Tensor]:
+    """Return the tensors of a call that a file takes, the positional ones first.
+
+    Args:
+        keywords: in the order of the file's inputs.
+        shapes: of the inputs by name; a size that may be any has a name or a question mark.
+
+    Raises:
+        DataError: one is missing, too many, or of another shape.
+    """
+    args, kwargs = call
+    if missing := [key for key in keywords if key not in kwargs]:
+        raise DataError(f"the file takes '{missing[0]}', which this call lacks; pass it by name")
+    inputs = tensors((args, {key: kwargs[key] for key in keywords}))
+    if len(inputs) != len(shapes):
+        raise DataError(f"the file takes {len(shapes)} tensors, not {len(inputs)}")
+    for (name, shape), x in zip(shapes.items(), inputs, strict=True):
+        fits = all(
+            size == given or isinstance(size, str) for size, given in zip(shape, x.shape, strict=False)
+        )
+        if len(shape) != x.dim() or not fits:
+            wanted = ", ".join(map(str, shape))
+            raise DataError(f"the file takes '{name}' of shape [{wanted}], not {[*x.shape]}")
+    return inputs
+
+
 @dataclass(frozen=True)
 class Index:
     """Stands for the n-th tensor of what a model returns."""
@@ -85,6 +111,12 @@ def indexed(output: Any) -> Any:  # noqa: ANN401  # whatever the model returns
 def filled(output: Any, tensors: list[Tensor]) -> Any:  # noqa: ANN401
     """Undo indexed, with other tensors."""
     return pytree.tree_map_only(Index, lambda index: tensors[index.at], output)
+
+
+def needed(output: Any) -> int:  # noqa: ANN401
+    """Return how many of a file's outputs make what a model returns, as indexed gave it."""
+    indices = [leaf.at for leaf in pytree.tree_leaves(output) if isinstance(leaf, Index)]
+    return max(indices, default=-1) + 1
 
 
 def described(output: Any) -> Any:  # noqa: ANN401

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from qpipe import DataError
-from qpipe.calls import Index, described, filled, rebuilt, tensors
+from qpipe.calls import described, filled, given, needed, rebuilt
 
 CALL = "qpipe.call"
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -43,7 +42,7 @@ class OnnxRuntimeModule(nn.Module):
         super().__init__()
         self.session = session(file, threads, accuracy_level=accuracy_level)
         self.keywords = tuple(keywords)
-        self.names = [value.name for value in self.session.get_inputs()]
+        self.shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self.output = output
 
     @classmethod
@@ -64,35 +63,17 @@ class OnnxRuntimeModule(nn.Module):
             raise DataError(
                 f"ONNX Runtime does not take {path}: {_sentence(error)}; export it again"
             ) from None
-        if module.needs_outputs() > len(module.session.get_outputs()):
+        if needed(module.output) > len(module.session.get_outputs()):
             raise DataError(f"{path} returns fewer tensors than it says; export the model again")
         return module
 
-    def needs_outputs(self) -> int:
-        """Return how many of the file's outputs make what the model returns."""
-        indices = [leaf.at for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Index)]
-        return max(indices, default=-1) + 1
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by ONNX Runtime."""
-        if missing := [key for key in self.keywords if key not in kwargs]:
-            raise DataError(f"the file takes '{missing[0]}', which this call lacks; pass it by name")
-        inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
-        self._check(inputs)
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(self.names, inputs, strict=True)}
+        inputs = given((args, kwargs), self.keywords, self.shapes)
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(self.shapes, inputs, strict=True)}
         device = inputs[0].device
         results = [torch.from_numpy(array).to(device) for array in self.session.run(None, feed)]
         return filled(self.output, results)
-
-    def _check(self, inputs: Sequence[Tensor]) -> None:
-        if len(inputs) != len(self.names):
-            raise DataError(f"the file takes {len(self.names)} tensors, not {len(inputs)}")
-        for wanted, x in zip(self.session.get_inputs(), inputs, strict=True):
-            sizes = zip(wanted.shape, x.shape, strict=False)
-            fits = all(size == given or not isinstance(size, int) for size, given in sizes)
-            if len(wanted.shape) != x.dim() or not fits:
-                shape = ", ".join(map(str, wanted.shape))
-                raise DataError(f"the file takes '{wanted.name}' of shape [{shape}], not {[*x.shape]}")
 
 
 def describe_call(keywords: Sequence[str], output: Any, accuracy_level: int) -> dict[str, str]:  # noqa: ANN401

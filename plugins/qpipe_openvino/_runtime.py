@@ -16,7 +16,7 @@ from torch import nn
 
 from qpipe import DataError
 from qpipe.artifact import sha256
-from qpipe.calls import Index, described, filled, rebuilt, tensors
+from qpipe.calls import Index, described, filled, given, needed, rebuilt
 
 GRAPH, WEIGHTS, MANIFEST = "model.xml", "model.bin", "openvino.json"
 _FORMAT = "qpipe-openvino"
@@ -46,13 +46,14 @@ class OpenVinoModule(nn.Module):
         self.keywords = tuple(keywords)
         self.output = Index(0) if output is None else output
         self.compiled = compiled(graph, threads, default_precision)
+        self.shapes = {name: shape for name, shape in map(_described, self.compiled.inputs)}
 
     @classmethod
     def open(cls, manifest: Path) -> Self:
         """Open what the manifest describes, in its folder.
 
         Raises:
-            DataError: a file is missing, or not the one the manifest was written for.
+            DataError: a file is missing, not the one the manifest was written for, or no OpenVINO model.
         """
         import openvino
 
@@ -61,17 +62,29 @@ class OpenVinoModule(nn.Module):
             known = about["format"] == _FORMAT
             digests = {name: about["sha256"][name] for name in (GRAPH, WEIGHTS)}
             keywords, output = about["keywords"], rebuilt(about["output"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{manifest} describes no OpenVINO model of qpipe ({error})") from None
         for name, digest in digests.items():
             file = manifest.parent / name
             if not known or not file.is_file() or sha256(file) != digest:
                 raise DataError(f"{file} is not the file {manifest.name} was written for; export again")
-        return cls(openvino.Core().read_model(manifest.parent / GRAPH), keywords, output)
+        file = manifest.parent / GRAPH
+        if not file.read_bytes().startswith(b"<?xml"):  # OpenVINO reads formats that name other files
+            raise DataError(f"{file} is no OpenVINO model; export the model again")
+        try:
+            module = cls(openvino.Core().read_model(file, manifest.parent / WEIGHTS), keywords, output)
+        except Exception as error:  # OpenVINO's own
+            reason = str(error).strip().splitlines()[-1:]
+            raise DataError(
+                f"OpenVINO does not take {file}: {''.join(reason)[:200]}; export it again"
+            ) from None
+        if needed(output) > len(module.compiled.outputs):
+            raise DataError(f"{manifest} returns more tensors than {GRAPH} has; export the model again")
+        return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # whatever the model returns
         """Return what the model returns, computed by OpenVINO."""
-        inputs = tensors((args, {key: kwargs[key] for key in self.keywords}))
+        inputs = given((args, kwargs), self.keywords, self.shapes)
         found = self.compiled([x.detach().cpu().numpy() for x in inputs])
         results = [torch.from_numpy(found[i].copy()).to(inputs[0].device) for i in range(len(found))]
         return filled(self.output, results)
@@ -114,6 +127,11 @@ def _signal_stack_kept() -> Iterator[None]:
         yield
     finally:
         libc.sigaltstack(ctypes.byref(before), None)
+
+
+def _described(value: Any) -> tuple[str, list[int | str]]:  # noqa: ANN401  # an input
+    shape = ["?" if size.is_dynamic else size.get_length() for size in value.get_partial_shape()]
+    return value.get_any_name(), shape
 
 
 def write(graph: Any, folder: Path, keywords: Sequence[str], output: Any) -> Path:  # noqa: ANN401

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -131,17 +132,86 @@ def test_weights_alone_are_kept_in_their_bits(
     assert torch.allclose(loaded(hidden=hidden)["hidden"], expected, atol=1e-5)
 
 
+Files = dict[str, bytes]
+
+
+def _short(files: Files) -> None:
+    files["model.bin"] = files["model.bin"][:-20]
+
+
+def _cut(files: Files) -> None:
+    files["model.xml"] = files["model.xml"][: len(files["model.xml"]) // 2]
+
+
+def _unknown(files: Files) -> None:
+    files["model.xml"] = files["model.xml"].replace(b'type="Convolution"', b'type="System"')
+
+
+def _misshapen(files: Files) -> None:
+    files["model.xml"] = files["model.xml"].replace(b'shape="16, 8, 1, 1"', b'shape="8, 16, 1, 1"')
+
+
+def _another_format(files: Files) -> None:
+    """An ONNX file, whatever its name, is read by OpenVINO; it could name other files."""
+    onnx = pytest.importorskip("onnx")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    opset = onnx.helper.make_opsetid("", 21)
+    files["model.xml"] = onnx.helper.make_model(graph, opset_imports=[opset]).SerializeToString()
+
+
+def _edited(files: Files, **changes: Any) -> None:  # noqa: ANN401
+    files["openvino.json"] = json.dumps(json.loads(files["openvino.json"]) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_short, "OpenVINO does not take .*model.xml: Incorrect weights in bin file"),
+        (_cut, "OpenVINO does not take .*model.xml: .* at offset"),
+        (_unknown, "OpenVINO does not take .*model.xml: .*type: System"),
+        (_misshapen, "OpenVINO does not take .*model.xml: .*shape"),
+        (_another_format, "model.xml is no OpenVINO model"),
+        (lambda files: _edited(files, output=5), "returns more tensors than model.xml has"),
+        (lambda files: _edited(files, sha256={"model.xml": "0"}), "describes no OpenVINO model of qpipe"),
+        (lambda files: _edited(files, format="other"), "is not the file openvino.json was written for"),
+        (lambda files: files.update({"openvino.json": b"\xff{"}), "describes no OpenVINO model of qpipe"),
+        (lambda files: files.update({"openvino.json": b"[" * 9999}), "describes no OpenVINO model of qpipe"),
+    ],
+)
+def test_harmed_files_are_refused(
+    harm: Callable[[Files], None], reason: str, exported: Exported, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in exported[2].parent.iterdir() if file.is_file()}
+    before = dict(files)
+    harm(files)
+    if files["openvino.json"] == before["openvino.json"]:  # a manifest made to fit what was harmed
+        digests = {name: hashlib.sha256(files[name]).hexdigest() for name in ("model.xml", "model.bin")}
+        _edited(files, sha256=digests)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        OpenVinoExporter.load(tmp_path / "openvino.json")
+
+
 def test_changed_files_are_refused(exported: Exported, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    folder.mkdir()
     for file in exported[2].parent.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "model.bin").write_bytes(b"\0" + (folder / "model.bin").read_bytes()[1:])
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.bin").write_bytes(b"\1" + (tmp_path / "model.bin").read_bytes()[1:])
     with pytest.raises(DataError, match=r"model.bin is not the file openvino.json was written for"):
-        OpenVinoExporter.load(folder / "openvino.json")
-    (folder / "openvino.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(DataError, match="describes no OpenVINO model"):
-        OpenVinoExporter.load(folder / "openvino.json")
+        OpenVinoExporter.load(tmp_path / "openvino.json")
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(DataError, match=r"model.bin is not the file openvino.json was written for"):
+        OpenVinoExporter.load(tmp_path / "openvino.json")
+
+
+def test_a_call_that_does_not_fit_is_refused(exported: Exported) -> None:
+    module = exported[1].module
+    assert module is not None
+    with pytest.raises(DataError, match=r"takes 'x' of shape \[\?, 3, 16, 16\], not \[2, 3, 8, 8\]"):
+        module(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(DataError, match="takes 1 tensors, not 0"):
+        module()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,10 @@ class IntegerModule(nn.Module):
         Raises:
             DataError: shapes do not fit one another: of another input than the model's, or of a broken file.
         """
-        x = args[0] if self.program.keyword is None else kwargs[self.program.keyword]
+        keyword = self.program.keyword
+        x = next(iter(args), None) if keyword is None else kwargs.get(keyword)
+        if x is None:
+            raise DataError(f"the integer program takes '{keyword or 'its input'}', which this call lacks")
         try:
             return self._reals(self.values(x)).to(x.device)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:

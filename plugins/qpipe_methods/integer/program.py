@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -98,7 +99,7 @@ class Program:
             raise DataError(f"{path} holds no integer program; give the file that exporter=integer wrote")
         try:
             return cls._checked(json.loads(described), tensors)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} holds a broken program ({error}); export the model again") from None
 
     @classmethod
@@ -111,9 +112,11 @@ class Program:
             made = {
                 "inputs": tuple(entry["inputs"]),
                 "zero_points": tuple(entry["zero_points"]),
-                "codes": Codes(**entry["codes"]) if entry["codes"] is not None else None,
+                "codes": _codes(entry["codes"]) if entry["codes"] is not None else None,
             }
             step = Step(**{**entry, **made})
+            if not isinstance(step.args, dict) or not isinstance(step.op, str):
+                raise ValueError(f"step '{step.output}' is no operation with arguments by name")
             if lost := sorted({*step.inputs} - known | {*step.tensors.values()} - tensors.keys()):
                 raise ValueError(f"step '{step.output}' reads '{lost[0]}', which nothing makes")
             known.add(step.output)
@@ -122,4 +125,18 @@ class Program:
             raise ValueError(f"nothing makes the output '{about['output']}'")
         if floating := [n for n, t in tensors.items() if t.is_floating_point() and not n.endswith(".unit")]:
             raise ValueError(f"tensor '{floating[0]}' is not of integers")
-        return cls(Codes(**about["input"]), about["keyword"], about["output"], tuple(steps), tensors)
+        if wide := [n for n, t in tensors.items() if n.endswith(".shift") and ((t < 0) | (t > 62)).any()]:
+            raise ValueError(f"tensor '{wide[0]}' shifts by more than 62 bits")
+        if not isinstance(about["keyword"], str | None):
+            raise ValueError(f"the keyword is {about['keyword']}")
+        return cls(_codes(about["input"]), about["keyword"], about["output"], tuple(steps), tensors)
+
+
+def _codes(entry: dict[str, Any]) -> Codes:
+    codes = Codes(**entry)
+    integers = (codes.zero_point, codes.low, codes.high)
+    if not all(isinstance(value, int) for value in integers) or codes.low > codes.high:
+        raise ValueError(f"codes from {codes.low} to {codes.high} around {codes.zero_point}")
+    if not (isinstance(codes.scale, float) and 0 < codes.scale < math.inf):
+        raise ValueError(f"codes of scale {codes.scale}")
+    return codes

@@ -246,10 +246,14 @@ def test_the_file_holds_integers_and_the_units_of_the_output(
     assert torch.equal(loaded(torch.ones(1, 3, 16, 16)), module(torch.ones(1, 3, 16, 16)))
 
 
-def rewritten(path: Path, change: Callable[[dict[str, Any]], None], to: Path) -> Path:
+def content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    about = json.loads(metadata["qpipe.integer"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["qpipe.integer"]), tensors
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None], to: Path) -> Path:
+    about, tensors = content(path)
     change(about)
     save_file(tensors, to, metadata={"qpipe.integer": json.dumps(about)})
     return to
@@ -266,6 +270,12 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None], to: Path) ->
         (lambda about: about["steps"][2].update(command="rm"), "broken program"),
         (lambda about: about.update(version=2), "version 2, this qpipe reads 1"),
         (lambda about: about.update(output="nothing"), "nothing makes the output"),
+        (lambda about: about.update(keyword=["x"]), r"the keyword is \['x'\]"),
+        (lambda about: about["input"].update(scale=0), "codes of scale 0"),
+        (lambda about: about["input"].update(zero_point=None), "codes from 0 to 255 around None"),
+        (lambda about: about["steps"][2]["codes"].update(low=300), "codes from 300 to 255"),
+        (lambda about: about["steps"][2].update(args=[1]), "no operation with arguments by name"),
+        (lambda about: about["steps"][2].update(op=["add"]), "no operation with arguments by name"),
     ],
 )
 def test_an_edited_program_is_refused(
@@ -276,6 +286,23 @@ def test_an_edited_program_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         IntegerExporter.load(rewritten(exported[2], change, tmp_path / "edited.safetensors"))
+
+
+def test_a_program_that_nests_or_shifts_without_end_is_refused(exported: Exported, tmp_path: Path) -> None:
+    about, tensors = content(exported[2])
+    path = tmp_path / "edited.safetensors"
+    save_file(tensors, path, metadata={"qpipe.integer": "[" * 9999})
+    with pytest.raises(DataError, match="recursion"):
+        IntegerExporter.load(path)
+    shifts = {name: x + 63 for name, x in tensors.items() if name.endswith(".shift")}
+    save_file(tensors | shifts, path, metadata={"qpipe.integer": json.dumps(about)})
+    with pytest.raises(DataError, match="shifts by more than 62 bits"):
+        IntegerExporter.load(path)
+
+
+def test_a_call_without_the_input_is_refused(exported: Exported) -> None:
+    with pytest.raises(DataError, match="takes 'its input', which this call lacks"):
+        exported[0](image=torch.ones(1, 3, 16, 16))
 
 
 def test_a_truncated_file_and_another_shape_are_refused(exported: Exported, tmp_path: Path) -> None:
