@@ -43,12 +43,14 @@ def dequantizer(value: ir.Value | None) -> Dequantizer | None:
 
 
 def _stored(value: ir.Value | None) -> Array | None:
-    """Return a constant, or what turning one round gives: a table's columns."""
+    """Return a constant, or what turning one round gives: a table's columns, and their scales."""
     node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Transpose":
+    if node is None or node.op_type not in ("Squeeze", "Transpose"):
         return constant(value)
     stored = constant(node.inputs[0])
-    return None if stored is None else stored.transpose(attribute(node, "perm", 0) or None)
+    if stored is None or node.op_type == "Squeeze":
+        return None if stored is None else stored.squeeze()
+    return stored.transpose(attribute(node, "perm", 0) or None)
 
 
 def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> None:

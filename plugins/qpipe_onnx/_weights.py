@@ -190,7 +190,7 @@ def _store_factor(model: ir.Model, node: ir.Node, weight: Weight, table: _Table 
         return
     index, attributes = layout
     if table is not None and _is_transposed(table, codes, attributes):
-        parts = _turned(model.graph, node, table)
+        parts = _turned(model.graph, node, table, attributes)
     else:
         parts = _parts(model, weight, codes, index)
     factor = ir.node("DequantizeLinear", parts, attributes)
@@ -207,16 +207,27 @@ def _store_factor(model: ir.Model, node: ir.Node, weight: Weight, table: _Table 
 
 
 def _is_transposed(table: _Table, codes: Array, attributes: Mapping[str, int]) -> bool:
-    return table.block_size == attributes.get("block_size") and np.array_equal(table.codes, codes.T)
+    rows_share = table.block_size >= table.codes.shape[1] and attributes == {"axis": 1}
+    blocks_share = table.block_size == attributes.get("block_size")
+    return (rows_share or blocks_share) and np.array_equal(table.codes, codes.T)
 
 
-def _turned(graph: ir.Graph, node: ir.Node, table: _Table) -> list[ir.Value]:
+def _turned(graph: ir.Graph, node: ir.Node, table: _Table, attributes: Mapping[str, int]) -> list[ir.Value]:
     """Return the parts of a table as a matrix multiplies by them; ONNX Runtime turns them as it loads."""
-    turns = [ir.node("Transpose", [part], {"perm": [1, 0]}) for part in table.parts]
+    codes, *scales = table.parts
+    turns = [_transposed(codes), *map(_flattened if attributes == {"axis": 1} else _transposed, scales)]
     for turn, part in zip(turns, table.parts, strict=True):
         turn.outputs[0].name = f"{part.name}.turned"
     graph.insert_before(node, turns)
     return [turn.outputs[0] for turn in turns]
+
+
+def _transposed(part: ir.Value) -> ir.Node:
+    return ir.node("Transpose", [part], {"perm": [1, 0]})
+
+
+def _flattened(part: ir.Value) -> ir.Node:
+    return ir.node("Squeeze", [part])
 
 
 def _store_rows(model: ir.Model, node: ir.Node, weight: Weight) -> _Table | None:

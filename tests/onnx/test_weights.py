@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,38 @@ def _first() -> Any:  # noqa: ANN401
     from qpipe.calls import indexed
 
     return indexed(torch.zeros(1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(60, 96), nn.Linear(96, 60, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.table(x))
+        return logits
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("granularity", [PerChannel(), PerSubchannel(32)])
+def test_a_table_that_is_the_head_too_is_stored_once(
+    granularity: Granularity,
+    num_bits: int,
+    export: Callable[..., tuple[nn.Module, Artifact]],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    recipe = make_recipe(activation=None)
+    assert recipe.weight is not None
+    weight = replace(
+        recipe.weight, granularity=granularity, spec=replace(recipe.weight.spec, num_bits=num_bits)
+    )
+    _, artifact = export(Tied(), [torch.randint(60, (3, 7))], replace(recipe, weight=weight))
+    assert artifact.proof["nodes"] == {"GatherBlockQuantized": 1, "MatMulNBits": 1}
+    assert artifact.proof["layers"] == 2
+    assert artifact.proof["largest_layer_difference"] < 1e-5
+    stored = onnx.load(tmp_path / artifact.path).graph.initializer
+    assert [[*t.dims] for t in stored if t.data_type != T.FLOAT and len(t.dims) > 1][:1] == [[60, 96]]
+    assert sum(len(t.raw_data) for t in stored) < 60 * 96 * num_bits // 8 + 60 * 4 * 5
