@@ -53,12 +53,14 @@ def translate(model: nn.Module, call: Call) -> Any:  # noqa: ANN401  # openvino.
 
 
 def _simplify(graph: Any) -> None:  # noqa: ANN401
-    """Write weights the way OpenVINO keeps compressed; validate what comes out."""
+    """Write weights and bounds the way OpenVINO keeps compressed and joins; validate what comes out."""
     nodes = graph.get_ordered_ops()
     weight_only = not any(node.get_type_name() == "FakeQuantize" for node in nodes)
     for node in nodes:
         if node.get_type_name() == "Constant" and node.get_element_type().get_type_name() == "i8":
             _rewrite_weight(node, weight_only)
+        elif node.get_type_name() in ("Maximum", "Minimum"):
+            _rewrite_clip(node)
     graph.validate_nodes_and_infer_types()
 
 
@@ -94,6 +96,23 @@ def _rewrite_weight(node: Any, weight_only: bool) -> None:  # noqa: ANN401
     if sizes is not None:
         result = opset13.reshape(result, opset13.constant(np.array(sizes)), False)
     _replace(end, result)
+
+
+def _rewrite_clip(node: Any) -> None:  # noqa: ANN401
+    """Write a bound of each channel, at least 0, with Relu: OpenVINO joins that to the convolution before.
+
+    max(x, 0) is relu(x), and min(x, c) is c - relu(c - x).
+    """
+    from openvino import opset13
+
+    x, bound = node.input_value(0), _constant(node.input_value(1))
+    if bound is None or bound.size == 1 or bound.dtype != np.float32 or not np.isfinite(bound).all():
+        return
+    if node.get_type_name() == "Maximum" and not bound.any():
+        _replace(node, opset13.relu(x))
+    elif node.get_type_name() == "Minimum" and (bound >= 0).all():
+        over = opset13.relu(opset13.add(opset13.multiply(x, np.float32(-1)), bound))
+        _replace(node, opset13.add(opset13.multiply(over, np.float32(-1)), bound))
 
 
 def _constant(value: Any) -> _Array | None:  # noqa: ANN401

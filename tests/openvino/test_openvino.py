@@ -15,11 +15,13 @@ from qpipe_methods.granularity.subchannel import PerSubchannel
 from torch import Tensor, nn
 
 from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, Task, convert
+from qpipe.nn import ChannelClip
 
 pytest.importorskip("openvino", reason="openvino is not installed; pip install 'qpipe-quant[openvino]'")
 
 from qpipe_openvino._agreement import step_by_step
 from qpipe_openvino._graph import translate
+from qpipe_openvino._runtime import OpenVinoModule
 from qpipe_openvino.exporter.openvino import OpenVinoExporter
 
 MakeContext = Callable[..., ExportContext]
@@ -89,6 +91,21 @@ def test_the_model_agrees_with_the_simulation(exported: Exported) -> None:
     (batch, _) = context.batches  # type: ignore[misc]
     whole = artifact.module(batch)
     assert torch.equal(artifact.module(batch[:3]), whole[:3])
+
+
+def test_a_clip_a_channel_is_part_of_the_convolution(make_context: MakeContext) -> None:
+    """Equalization leaves such behind of ReLU6; as Maximum and Minimum they were computed in float32."""
+    torch.manual_seed(0)
+    high = torch.linspace(0.1, 2, 8).view(8, 1, 1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), ChannelClip(torch.zeros(8, 1, 1), high), nn.Conv2d(8, 4, 1), nn.Flatten()
+    )
+    call = ((torch.randn(5, 3, 6, 6),), {})
+    context = make_context(model, [call[0][0]])
+    assert torch.allclose(OpenVinoModule(translate(model, call))(*call[0]), model(*call[0]), atol=1e-5)
+    proof = OpenVinoExporter(compare_fp32=False).export(context).proof
+    assert proof["nodes"]["Convolution u8"] == 2
+    assert not [name for name in proof["nodes"] if name.startswith("Eltwise")]
 
 
 def test_an_edge_that_is_computed_otherwise_is_named(exported: Exported) -> None:
