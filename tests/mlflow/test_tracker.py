@@ -87,6 +87,33 @@ def test_a_run_is_recorded_under_its_parent_and_can_be_served(
         mlflow.pyfunc.load_model(local)
 
 
+def test_a_model_of_several_inputs_answers_like_its_file(tmp_path: Path) -> None:
+    """Tokens and a mask: by name, in whatever order, any number of rows, equal to what qpipe.load runs."""
+    import onnx
+    from onnx import TensorProto, helper
+    from qpipe_mlflow._model import save_model
+    from qpipe_onnx._runtime import OnnxRuntimeModule, describe_call
+
+    from qpipe.calls import Index
+
+    names, sizes = ("tokens", "mask"), ["batch", "length"]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, sizes) for name in names]
+    output = helper.make_tensor_value_info("difference", TensorProto.INT64, sizes)
+    graph = helper.make_graph([helper.make_node("Sub", [*names], ["difference"])], "g", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    helper.set_model_props(model, describe_call(names, Index(0), 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    file = OnnxRuntimeModule.open(tmp_path / "model.onnx")
+    with quiet(), save_model(tmp_path / "model.onnx") as folder:
+        import mlflow.pyfunc
+
+        served = mlflow.pyfunc.load_model(str(folder))
+        for rows in (1, 3):
+            given = {name: torch.randint(9, (rows, 4)) for name in names}
+            answer = served.predict({name: given[name].numpy() for name in reversed(names)})
+            np.testing.assert_array_equal(answer["difference"], file(**given).numpy())
+
+
 def test_sync_records_once(uri: str, client: MlflowClient, folder: Path) -> None:
     experiment = client.get_experiment_by_name("qpipe").experiment_id
     before = len(client.search_runs([experiment]))
