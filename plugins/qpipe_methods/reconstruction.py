@@ -286,7 +286,9 @@ def _keeping(seen: dict[nn.Module, Tensor]) -> Callable[..., None]:
 @contextmanager
 def _float(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Compute what the float model did before the first strategy changed it."""
-    floats = _FLOATS.setdefault(model, {module: _copies(module) for module in modules})
+    if model not in _FLOATS:
+        _FLOATS[model] = {module: _copies(module) for module in modules}
+    floats = _FLOATS[model]
     now = {module: dict(module._parameters) for module in floats}
     try:
         for module, parameters in floats.items():

@@ -44,6 +44,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq, match=float": {"finetune": [{"name": "gptq", "match": "float"}]},
     "awq, gptq, match=float": {"transform": ["awq"], "finetune": [{"name": "gptq", "match": "float"}]},
     "autoround": {"finetune": [{"name": "autoround", "iterations": 20}]},
+    "rotate": {"transform": ["rotate"]},
+    "rotate, gptq": {"transform": ["rotate"], "finetune": ["gptq"]},
+}
+W8A8: dict[str, Any] = {  # what the linear layers read, in eight bits as well; a scale an output
+    "target": "x86_linear",
+    "weight": {"num_bits": 8, "granularity": "channel"},
+    "activation": {"num_bits": 8},
+}
+STATIC: dict[str, dict[str, Any]] = {
+    "w8a8, round": {},
+    "w8a8, smoothquant": {"transform": ["smoothquant"]},
+    "w8a8, rotate": {"transform": ["rotate"]},
+    "w8a8, rotate, smoothquant": {"transform": ["rotate", "smoothquant"]},
+    "w8a8 dynamic, round": {"activation": {"num_bits": 8, "dynamic": True, "granularity": "token"}},
 }
 LATER = ("w4 symmetric, hqq",)  # hqq's zero is real: symmetric codes have none
 
@@ -89,7 +103,7 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 
 def chosen(words: list[str]) -> dict[str, dict[str, Any]]:
-    rows = {}
+    rows = {name: {**W8A8, **how} for name, how in STATIC.items() if any(word in name for word in words)}
     for setting, weight in SETTINGS.items():
         for method, how in METHODS.items():
             name = f"{setting}, {method}"
@@ -109,11 +123,9 @@ def ours(row: Mapping[str, Any], model: nn.Module, calibration: Tensor) -> nn.Mo
         model,
         [{"input_ids": x} for x in calibration.split(4)],
         task=LanguageModeling(),
-        target="generic",
-        activation=None,
         evaluator=[],
         layers=[{"match": "model.embed_tokens", "weight": None}],
-        **{"transform": [], **row},
+        **{"target": "generic", "activation": None, "transform": [], **row},
     )
     return quantized
 
