@@ -15,6 +15,10 @@ from torch.utils import _pytree as pytree
 from qpipe import QuantSpec, Recipe, Role, Slot, Task
 from qpipe.task import Batches
 
+# Adam takes full steps however small the slope, which is a share of all noise here. Channels of less than this
+# share stay: scaled to what few samples showed of them, they would leave their tensor's range once they wake.
+_STILL = 1e-3
+
 
 @dataclass
 class _Layer:
@@ -92,7 +96,7 @@ def least_noise(
     spec = recipe.activation.spec if recipe.activation else None
     with torch.enable_grad():
         logs = [torch.zeros_like(layers[second].high).requires_grad_() for _, second in pairs]
-        optimizer = torch.optim.Adam(logs, lr=lr)
+        optimizer = torch.optim.Adam(logs, lr=lr, eps=_STILL)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for _ in range(steps):
             optimizer.zero_grad()

@@ -31,6 +31,7 @@ IMAGENET = tuple(f"foolbox:imagenet_{i:02}_{label}.jpg" for i, label in enumerat
 SOURCES = {  # those to calibrate on, those to evaluate on
     "scikit": (CALIBRATION, EVALUATION),
     "imagenet": (IMAGENET, (*CALIBRATION, *EVALUATION)),
+    "both": ((*IMAGENET, *CALIBRATION), EVALUATION),
 }
 _FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images"), "foolbox": ("data",)}
 
@@ -101,7 +102,8 @@ class Photos(LightningDataModule):
         num_evaluation: crops to evaluate on, of other photos.
         num_workers: processes that load.
         source: 'scikit' calibrates on 8 photos of scikit-image and scikit-learn and evaluates on 10 others;
-            'imagenet' calibrates on the 20 photos of ImageNet that foolbox ships and evaluates on those 18.
+            'imagenet' calibrates on the 20 photos of ImageNet that foolbox ships and evaluates on those 18;
+            'both' calibrates on the 20 and the 8 and evaluates on the 10.
         varied: calibrate on crops varied in size, colour and by mixing.
     """
 

@@ -138,6 +138,19 @@ def test_noise_leaves_depthwise_rows_free_per_channel() -> None:
     assert spread.max() / spread.min() > 3
 
 
+def test_noise_leaves_channels_alone_that_make_next_to_none() -> None:
+    """Scaled to fill what calibration showed of them they would leave the range once they wake."""
+    net = chain()
+    with torch.no_grad():
+        net.depthwise.weight[:3] *= 0.1
+        net.project.weight[:, :3] *= 1e-3
+        net.depthwise.get_parameter("bias")[:3] = 0
+    apply(net, "noise", 200, PerChannel())
+    clip = net.act2
+    assert isinstance(clip, ChannelClip)
+    assert clip.high.flatten()[:3].tolist() == pytest.approx([6.0] * 3, rel=0.1)  # 1.6 to 30 by Adam alone
+
+
 def test_a_result_read_twice_is_left_alone() -> None:
     class Twice(Chain):
         def forward(self, x: Tensor) -> Tensor:
