@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from qpipe import QuantSpec, Recipe, Role, Slot, Task
 from qpipe.task import Batches
 
-# Adam takes full steps however small the slope, which is a share of all noise here. Channels of less than this
-# share stay: scaled to what few samples showed of them, they would leave their tensor's range once they wake.
+# Adam takes full steps however small the slope, which is a share of all noise here. Channels of less than
+# this share stay: scaled to what few samples showed of them, they would leave the range once they wake.
 _STILL = 1e-3
 
 
