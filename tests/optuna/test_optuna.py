@@ -135,7 +135,7 @@ def test_several_metrics_end_in_a_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"metric": "m.loss"}, "is more or less of m.loss better"),
+        ({"metric": "m.margin"}, "is more or less of m.margin better"),
         ({"metric": "m.x_db", "direction": "up"}, "must be maximize or minimize"),
         ({"metric": ["m.x_db", "m.y_db"], "direction": "maximize"}, "one for each of m.x_db, m.y_db"),
         ({"metric": "m.x_db", "constraints": ["size < 3"]}, "'size < 3' is not of the form"),
