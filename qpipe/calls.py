@@ -69,12 +69,14 @@ def tensors(call: Call) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
 
 
-def given(call: Call, keywords: Iterable[str], shapes: Mapping[str, Sequence[int | str]]) -> list[Tensor]:
+def given(
+    call: Call, keywords: Iterable[str], shapes: Mapping[str, Sequence[int | str | None]]
+) -> list[Tensor]:
     """Return the tensors of a call that a file takes, the positional ones first.
 
     Args:
         keywords: in the order of the file's inputs.
-        shapes: of the inputs by name; a size that may be any has a name or a question mark.
+        shapes: of the inputs by name; what is no number may be any size.
 
     Raises:
         DataError: one is missing, too many, or of another shape.
@@ -86,10 +88,8 @@ def given(call: Call, keywords: Iterable[str], shapes: Mapping[str, Sequence[int
     if len(inputs) != len(shapes):
         raise DataError(f"the file takes {len(shapes)} tensors, not {len(inputs)}")
     for (name, shape), x in zip(shapes.items(), inputs, strict=True):
-        fits = all(
-            size == given or isinstance(size, str) for size, given in zip(shape, x.shape, strict=False)
-        )
-        if len(shape) != x.dim() or not fits:
+        sizes = zip(shape, x.shape, strict=False)
+        if len(shape) != x.dim() or not all(size == n or not isinstance(size, int) for size, n in sizes):
             wanted = ", ".join(map(str, shape))
             raise DataError(f"the file takes '{name}' of shape [{wanted}], not {[*x.shape]}")
     return inputs

@@ -48,8 +48,10 @@ def _stored(value: ir.Value | None) -> Array | None:
     if node is None or node.op_type not in ("Squeeze", "Transpose"):
         return constant(value)
     stored = constant(node.inputs[0])
-    if stored is None or node.op_type == "Squeeze":
-        return None if stored is None else stored.squeeze()
+    if stored is None:
+        return None
+    if node.op_type == "Squeeze":
+        return stored.squeeze()
     return stored.transpose(attribute(node, "perm", 0) or None)
 
 

@@ -16,6 +16,7 @@ from qpipe_onnx.exporter.onnx import OnnxExporter
 from torch import Tensor, nn
 
 from qpipe import Artifact, DataError, ExportContext, ProofError, Recipe, RecipeError, Task, convert
+from qpipe.calls import given
 from qpipe.nn import ChannelClip, edge_quantizers
 from qpipe.stages.prepare import prepare
 
@@ -327,6 +328,13 @@ def test_a_harmed_file_is_refused(
     path.write_bytes(harm(onnx.load(exported[2])))
     with pytest.raises(DataError, match=reason):
         OnnxExporter.load(path)
+
+
+def test_a_size_without_a_name_may_be_any() -> None:
+    x = torch.zeros(2, 3)
+    assert given(((x,), {}), (), {"x": [None, 3]}) == [x]
+    with pytest.raises(DataError, match=r"takes 'x' of shape \[None, 4\], not \[2, 3\]"):
+        given(((x,), {}), (), {"x": [None, 4]})
 
 
 def test_a_call_that_does_not_fit_is_refused(exported: Exported) -> None:

@@ -16,6 +16,7 @@ from qpipe import Artifact, DataError, ExportContext, Exporter, ProofError, Reci
 from qpipe.artifact import sha256
 from qpipe.calls import Call, exported, moved, some_samples
 from qpipe.conversion import reason_not_affine
+from qpipe.errors import cause
 from qpipe.proof import Agreement, calls, end_to_end, latencies_ms
 from qpipe.tables import precision
 from qpipe_methods.archive import read
@@ -97,10 +98,7 @@ class TorchExporter(Exporter):
         except DataError:
             raise
         except Exception as error:  # whatever an edited archive leads torch to
-            reason = str(error).strip().splitlines()[:1]
-            raise DataError(
-                f"{path} is no program torch can load ({''.join(reason)}); export again"
-            ) from error
+            raise DataError(f"{path} is no program torch can load ({cause(error)}); export again") from error
 
 
 def _loaded(path: Path) -> nn.Module:
