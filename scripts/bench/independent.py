@@ -67,11 +67,6 @@ def ours(module: nn.Linear, x: Tensor, weight: Mapping[str, Any], finetune: list
     return result
 
 
-def scales(weight: Tensor, group: int, top: int) -> Tensor:
-    """Return symmetric scales [O, groups]."""
-    return weight.reshape(len(weight), -1, group).abs().amax(2) / top
-
-
 def gptq_llmcompressor(module: nn.Linear, x: Tensor, group: int) -> Tensor:
     from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
@@ -82,7 +77,7 @@ def gptq_llmcompressor(module: nn.Linear, x: Tensor, group: int) -> Tensor:
         num_bits=4, symmetric=True, strategy="group" if grouped else "channel",
         group_size=group if grouped else None, actorder=ActivationOrdering.WEIGHT if grouped else None,
     )  # fmt: skip
-    scale = scales(weight, group, 7)
+    scale = weight.reshape(len(weight), -1, group).abs().amax(2) / 7.5  # codes -8 to 7, as its observers do
     hessian = x.T @ x / len(x)
     found, _, fell_back = quantize_weight(
         weight[None].clone(), hessian[None].clone(), scale[None], torch.zeros_like(scale)[None], None, args
@@ -155,17 +150,18 @@ def weight_error(module: nn.Linear, x: Tensor, found: Tensor) -> float:
 
 
 Theirs = Callable[[nn.Linear, Tensor], Tensor]
+SIXTEEN = {"restricted": False}  # levels: 4-bit symmetric codes of llm-compressor begin at -8
 ASYMMETRIC: dict[str, Any] = {**GROUPS, **UNSIGNED}
 HQQ: dict[str, Any] = {**ASYMMETRIC, "quantizer": "hqq"}
 ROWS: dict[str, tuple[Mapping[str, Any], list[Any], str, Theirs]] = {
     "gptq, a scale a channel": (
-        CHANNEL,
+        {**CHANNEL, **SIXTEEN},
         [{"name": "gptq", "act_order": False}],
         "llmcompressor",
         lambda m, x: gptq_llmcompressor(m, x, m.in_features),
     ),
     "gptq, act_order, blocks of 64": (
-        GROUPS,
+        {**GROUPS, **SIXTEEN},
         [{"name": "gptq"}],
         "llmcompressor",
         lambda m, x: gptq_llmcompressor(m, x, 64),
