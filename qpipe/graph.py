@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpipe.cache import Entry, Shelf
@@ -281,9 +282,8 @@ class _Recorder(TorchFunctionMode):
             if in_place or id(t) not in known
         ]
         if made:
-            rest = tuple(None if isinstance(a, Tensor) else a for a in args)
-            options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
             inputs = tuple(self._value(tensor) for _, tensor in read)
+            rest, options = tree_map_only(Tensor, lambda _: None, (args, kwargs))  # no activation is kept
             self._finish(Call(op, self.stack[-1], inputs, rest, options, hidden=changed is not None), made)
 
     def _value(self, tensor: Tensor) -> Value:

@@ -43,7 +43,17 @@ class Hidden(nn.Module):
         return result
 
 
+class Rotated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(tensors=(x, torch.cat((-x, x), dim=-1)), dim=-1)
+
+
 class TestRecord:
+    def test_keeps_what_is_no_tensor_of_a_calls_arguments(self) -> None:
+        inner, outer = record(Rotated(), (torch.randn(1, 4),), {}).calls[1:]
+        assert (inner.args, inner.kwargs) == (((None, None),), {"dim": -1})
+        assert (outer.args, outer.kwargs) == ((), {"tensors": (None, None), "dim": -1})
+
     def test_lists_calls_in_order_with_who_made_them(self) -> None:
         recording = record(Residual(), (torch.randn(1, 3, 4, 4),), {})
         made = [(call.invocation.path, call.op) for call in recording.calls]

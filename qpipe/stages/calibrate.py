@@ -53,10 +53,10 @@ def calibrate_weights(model: nn.Module) -> None:
     """
     for weight in weight_quantizers(model):
         slot = weight.fake_quant.slot
-        blocks = slot.granularity.to_blocks(weight.blocks_input())
-        if not torch.isfinite(blocks).all():
+        stats = Samples(slot.granularity.to_blocks(weight.blocks_input()))
+        if not stats.is_finite():
             raise DataError(f"weight '{weight.name}' holds NaN or infinite values; repair the checkpoint")
-        weight.fake_quant.set_qparams(fit(Samples(blocks), slot))
+        weight.fake_quant.set_qparams(fit(stats, slot))
 
 
 def calibrate_activations(

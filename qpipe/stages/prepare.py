@@ -30,6 +30,7 @@ from qpipe.nn import (
 from qpipe.placement import Owners, PlacedEdge, PlacedWeight
 from qpipe.placement import place as place_edges
 from qpipe.recipe import Recipe, Slot
+from qpipe.statistics import Samples
 from qpipe.taps import place_taps
 from qpipe.task import Batches, Task
 from qpipe.types import Edge, Role
@@ -177,7 +178,7 @@ class _Plan:
         for weight, slot in self.weights:
             path, name = weight.owners[0]
             parameter = self.model.get_submodule(path)._parameters[name]
-            if parameter is None or not torch.isfinite(parameter).all():
+            if parameter is None or not Samples(parameter.reshape(1, -1)).is_finite():
                 raise DataError(
                     f"weight '{weight_name(path, name)}' holds NaN or infinite values; repair the checkpoint"
                 )
