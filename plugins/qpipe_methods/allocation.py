@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qpipe import QParams, Slot, payload_bytes
+from qpipe import QParams, Recipe, Slot, payload_bytes
+from qpipe.calls import Call
 from qpipe.nn import QuantizedWeight, disabled, edge_quantizers
 from qpipe.packing import packed_bytes
-from qpipe_methods.sensitivity import Candidates, Choice
+from qpipe_methods.latency import microseconds
+from qpipe_methods.sensitivity import FLOAT_BITS, Candidates, Choice
 
-FLOAT_BITS = 32
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
@@ -32,6 +33,7 @@ class Ledger:
         fixed: what is spent whatever is chosen.
         whole: what the float model spends, or how many weights there are.
         per_weight: a budget is a multiple of whole; otherwise only one of at most 1 is, a share.
+        unit_of_budget: so many units make one of a budget that is no share.
     """
 
     unit: str
@@ -39,10 +41,12 @@ class Ledger:
     fixed: int
     whole: int
     per_weight: bool = False
+    unit_of_budget: int = 1
 
     def limit(self, budget: float) -> int:
         """Return what the choices may cost together; negative where the rest is too much already."""
-        return int(budget * self.whole if self.per_weight or budget <= 1 else budget) - self.fixed
+        scale = self.whole if self.per_weight or budget <= 1 else self.unit_of_budget
+        return int(budget * scale) - self.fixed
 
     def in_words(self, cost: int) -> str:
         """Say what is spent in all when the choices cost so much."""
@@ -52,7 +56,17 @@ class Ledger:
         return f"{cost + self.fixed:,} {self.unit} ({share:.4g} of fp32)"
 
 
-def sizes(found: Sequence[Candidates], model: nn.Module, reference: nn.Module, call: Any) -> Ledger:  # noqa: ANN401
+@dataclass(frozen=True)
+class Setting:
+    """What costs are counted in: a prepared, calibrated model, its float reference and a call of it."""
+
+    model: nn.Module
+    reference: nn.Module
+    call: Call
+    recipe: Recipe
+
+
+def sizes(found: Sequence[Candidates], run: Setting) -> Ledger:
     """Count bytes: codes packed to their bits, their parameters, and what stays in floating point."""
     costs = [[_bytes(each, choice) for choice in each.choices] for each in found]
     now = sum(
@@ -60,10 +74,12 @@ def sizes(found: Sequence[Candidates], model: nn.Module, reference: nn.Module, c
         for e in found
         for weight in e.weights
     )
-    return Ledger("bytes", costs, payload_bytes(model) - now, payload_bytes(reference))
+    return Ledger("bytes", costs, payload_bytes(run.model) - now, payload_bytes(run.reference))
 
 
 def _bytes(each: Candidates, choice: Choice) -> int:
+    if not choice.parts:
+        return sum(weight.blocks_input().nbytes for weight in each.weights)
     parts = zip(each.weights, choice.parts, strict=True)
     return sum(_stored(weight, slot, qparams) for weight, (_, slot, qparams) in parts)
 
@@ -79,24 +95,26 @@ def _num_codes(weight: QuantizedWeight, slot: Slot) -> int:
     return len(blocks) * slot.quantizer.num_codes(blocks.shape[1])
 
 
-def bits(found: Sequence[Candidates], model: nn.Module, reference: nn.Module, call: Any) -> Ledger:  # noqa: ANN401
+def bits(found: Sequence[Candidates], run: Setting) -> Ledger:
     """Count bits of codes."""
     costs = [[_code_bits(each, choice) for choice in each.choices] for each in found]
     return Ledger("bits", costs, 0, sum(each.numel for each in found), per_weight=True)
 
 
 def _code_bits(each: Candidates, choice: Choice) -> int:
+    if not choice.parts:
+        return each.numel * FLOAT_BITS
     parts = zip(each.weights, choice.parts, strict=True)
     return sum(
         _num_codes(weight, slot) * slot.quantizer.code_bits(slot.spec) for weight, (_, slot, _) in parts
     )
 
 
-def bops(found: Sequence[Candidates], model: nn.Module, reference: nn.Module, call: Any) -> Ledger:  # noqa: ANN401
+def bops(found: Sequence[Candidates], run: Setting) -> Ledger:
     """Count bit operations of linear and convolutional layers: MACs x weight bits x bits of their input."""
-    macs = multiplications(found, model, call)
+    macs = multiplications(found, run.model, run.call)
     inputs = {
-        path: e.slot.spec.num_bits for e in edge_quantizers(model) if e.edge for path in e.edge.consumers
+        path: e.slot.spec.num_bits for e in edge_quantizers(run.model) if e.edge for path in e.edge.consumers
     }
     costs = [
         [macs[each.path] * choice.num_bits * inputs.get(each.path, FLOAT_BITS) for choice in each.choices]
@@ -132,7 +150,18 @@ def multiplications(found: Sequence[Candidates], model: nn.Module, call: Any) ->
     return macs
 
 
-LEDGERS: Mapping[str, Callable[..., Ledger]] = {"size": sizes, "average_bits": bits, "bops": bops}
+def latency(found: Sequence[Candidates], run: Setting) -> Ledger:
+    """Count microseconds of one sample in the file of the first exporter that measures them."""
+    costs, rest, whole = microseconds(found, run.model, run.call, run.recipe)
+    return Ledger("µs", costs, rest, whole, unit_of_budget=1000)
+
+
+LEDGERS: Mapping[str, Callable[[Sequence[Candidates], Setting], Ledger]] = {
+    "size": sizes,
+    "average_bits": bits,
+    "bops": bops,
+    "latency": latency,
+}
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from qpipe.task import Batches
 from qpipe_methods.replay import Replay
 
 log = logging.getLogger("qpipe")
+FLOAT_BITS = 32  # a width that leaves a layer in floating point
 _Compare = Callable[[Tensor, Tensor, Any], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A width of one layer: how each of its quantizers then works."""
+    """A width of one layer: how each of its quantizers then works; in floating point there is none."""
 
     num_bits: int
     parts: tuple[tuple[FakeQuant, Slot, QParams], ...]
@@ -90,6 +91,8 @@ def by_path(model: nn.Module) -> dict[str, list[QuantizedWeight]]:
 
 
 def _choice(weights: Sequence[QuantizedWeight], num_bits: int) -> Choice:
+    if num_bits == FLOAT_BITS:
+        return Choice(num_bits, ())
     return Choice(num_bits, tuple(_part(weight, num_bits) for weight in weights))
 
 
@@ -194,10 +197,11 @@ def _output_costs(
         for each, totals in zip(found, sums, strict=True):
             with kept(each.fake_quants):
                 for choice, total in zip(each.choices, totals, strict=True):
-                    choice.put()
-                    with alone(model, each.fake_quants):
-                        output = task.compared(replay.run(each.fake_quants))
-                    total += torch.tensor(compare(output, reference, task.class_dim), dtype=total.dtype)
+                    if choice.parts:  # floating point costs nothing
+                        choice.put()
+                        with alone(model, each.fake_quants):
+                            output = task.compared(replay.run(each.fake_quants))
+                        total += torch.tensor(compare(output, reference, task.class_dim), dtype=total.dtype)
                     progress.step(f"{each.path} at {choice.num_bits} bits")
     return [_quotients(over_processes(totals)) for totals in sums]
 
@@ -241,6 +245,8 @@ def omegas(
 def _omega(
     weights: Sequence[QuantizedWeight], traces: Mapping[QuantizedWeight, float], choice: Choice
 ) -> float:
+    if not choice.parts:
+        return 0.0
     choice.put()
     return sum((traces[weight] * _squared_error(weight) for weight in weights), 0.0)
 

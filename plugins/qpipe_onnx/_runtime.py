@@ -89,13 +89,19 @@ def _sentence(error: Exception) -> str:
 
 
 def session(
-    file: Path | bytes, threads: int = 1, optimized: Path | None = None, accuracy_level: int = FLOAT
+    file: Path | bytes,
+    threads: int = 1,
+    optimized: Path | None = None,
+    accuracy_level: int = FLOAT,
+    profile: Path | None = None,
 ) -> Any:  # noqa: ANN401  # InferenceSession
     """Open a file, or its bytes, on the CPU.
 
     Args:
+        optimized: where to write the graph as it is executed.
         accuracy_level: of products with weights alone (MatMulNBits): 1 computes in float32; 4, what ONNX
             Runtime does unasked, rounds each block of an activation to int8 first.
+        profile: what the file begins with that says how long each operation took.
     """
     import onnxruntime
 
@@ -105,6 +111,8 @@ def session(
     options.add_session_config_entry(_ACCURACY_LEVEL, str(accuracy_level))
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 if TYPE_CHECKING:
+    from qpipe.calls import Call
     from qpipe.recipe import Recipe
     from qpipe.task import Batches, Task
     from qpipe.types import Artifact
@@ -34,6 +36,21 @@ class ExportContext:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One operation of an executed file.
+
+    Args:
+        layer: path of the module it belongs to; '' is none.
+        kernel: what is executed, its options, types and shapes: equal ones take equally long.
+        microseconds: the least of several calls; what else runs on a machine only adds to it.
+    """
+
+    layer: str
+    kernel: str
+    microseconds: int
+
+
 class Exporter(ABC):
     """Write an artifact and prove that it does what the simulation does."""
 
@@ -55,3 +72,15 @@ class Exporter(ABC):
         Raises:
             ProofError: the engine disagrees with the simulation.
         """
+
+    def operations(self, model: nn.Module, call: Call, layers: Collection[str]) -> Sequence[Operation]:
+        """Return what the engine executes in a call of a prepared, calibrated model, timed; nothing is kept.
+
+        Args:
+            layers: paths of modules; an operation that computes none of them belongs to the one it follows.
+
+        Raises:
+            NotImplementedError: no engine says how long its operations take.
+            RecipeError: the model cannot be translated.
+        """
+        raise NotImplementedError(f"exporter '{self.name}' does not time operations")

@@ -11,9 +11,20 @@ import numpy as np
 from torch import nn
 
 from qpipe import FinetuneStrategy, Recipe, RecipeError, Role, calibration_batches, hookimpl
+from qpipe.nn import remove_weight_quantizer
 from qpipe.recipe import SlotEdit
-from qpipe_methods.allocation import LEDGERS, Front, Ledger, front
-from qpipe_methods.sensitivity import MEASURES, Candidates, candidates, in_words, measure, on_device
+from qpipe_methods.allocation import LEDGERS, Front, Ledger, Setting, front
+from qpipe_methods.latency import timing
+from qpipe_methods.sensitivity import (
+    FLOAT_BITS,
+    MEASURES,
+    Candidates,
+    by_path,
+    candidates,
+    in_words,
+    measure,
+    on_device,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, Trainer
@@ -31,10 +42,11 @@ class Allocate(FinetuneStrategy):
     that rules for single layers give stay as they are. Comes before every other strategy.
 
     Args:
-        budget: one of size (bytes; at most 1: share of the float model's), average_bits (a weight) and bops
-            (MACs x weight bits x input bits; at most 1: share of 32 x 32 bits).
+        budget: one of size (bytes; at most 1: share of the float model's), average_bits (a weight), bops
+            (MACs x weight bits x input bits; at most 1: share of 32 x 32 bits) and latency (milliseconds of a
+            sample in the exported file, measured; at most 1: share of the float model's).
         sensitivity: sqnr (noise over signal of the output), kl (of its classes) or hessian (HAWQ-v2).
-        bits: widths a layer may have.
+        bits: widths a layer may have; 32 leaves it in floating point, where weights alone are quantized.
         num_samples: of the calibration set.
         draws: random vectors a batch and weight, for sensitivity=hessian.
 
@@ -58,7 +70,10 @@ class Allocate(FinetuneStrategy):
         if unknown := [key for key in budget if key not in LEDGERS]:
             raise ValueError(f"a budget is one of {', '.join(LEDGERS)}, not {unknown[0]}")
         if len(given) != 1:
-            raise ValueError("give one budget: budget.size=0.2, budget.average_bits=4 or budget.bops=0.02")
+            raise ValueError(
+                "give one budget: budget.size=0.2, budget.average_bits=4, budget.bops=0.02 or "
+                "budget.latency=0.8"
+            )
         (self.kind, self.budget), *_ = given.items()
         if type(self.budget) not in (int, float) or self.budget <= 0:
             raise ValueError(f"budget.{self.kind}={self.budget} is no number above 0")
@@ -66,6 +81,8 @@ class Allocate(FinetuneStrategy):
             raise ValueError(f"sensitivity is {' or '.join(MEASURES)}, not {sensitivity!r}")
         if not bits or any(type(width) is not int or width < 1 for width in bits):
             raise ValueError(f"bits are whole numbers, [4,8]; not {bits}")
+        if min(bits) >= FLOAT_BITS:
+            raise ValueError(f"bits={[*bits]} leave nothing to quantize; add one below {FLOAT_BITS}")
         self.sensitivity = sensitivity
         self.bits = tuple(bits)
         self.num_samples = num_samples
@@ -81,13 +98,25 @@ class Allocate(FinetuneStrategy):
             raise RecipeError(
                 "weight=null leaves no bits to choose; leave out bits=auto, or quantize weights"
             )
+        if FLOAT_BITS in self.bits and recipe.activation is not None:
+            raise RecipeError(
+                f"bits of {FLOAT_BITS} leave layers in floating point, and engines compute them so where "
+                "weights alone are quantized; add activation=null, or take it out of finetune.allocate.bits"
+            )
+        if self.kind == "latency" and timing(recipe) is None:
+            raise RecipeError(
+                "budget.latency is measured in a file, and none of the exporters "
+                f"({', '.join(e.name for e in recipe.exporters) or 'there is none'}) times its operations; "
+                "add onnx, exporter=[safetensors,onnx]"
+            )
         if self.sensitivity == "kl" and task.class_dim is None:
             raise RecipeError("sensitivity=kl compares classes, and task.class_dim=null has none; use sqnr")
 
     def edits(self, recipe: Recipe) -> Iterator[tuple[Role, SlotEdit]]:
         """Yield a change to each width."""
         for width in self.bits:
-            yield Role.WEIGHT, SlotEdit(spec={"num_bits": width})
+            is_float = width == FLOAT_BITS
+            yield Role.WEIGHT, SlotEdit(off=True) if is_float else SlotEdit(spec={"num_bits": width})
 
     def fit(
         self,
@@ -101,26 +130,29 @@ class Allocate(FinetuneStrategy):
         """Measure, choose, and quantize by the choice.
 
         Raises:
-            RecipeError: the budget is less than the narrowest widths take.
+            RecipeError: the budget is less than the cheapest widths take.
         """
         batches = calibration_batches(data, self.num_samples)
         found = candidates(model, self.bits, lambda path: _is_fixed(path, recipe))
         call = task.inputs(on_device(next(iter(batches)), model))
-        ledger = LEDGERS[self.kind](found, model, reference.model, call)
+        ledger = LEDGERS[self.kind](found, Setting(model, reference.model, call, recipe))
         limit = ledger.limit(self.budget)
         least = sum(map(min, ledger.costs))
         if least > limit:
             raise RecipeError(
-                f"budget.{self.kind}={self.budget} is out of reach: the narrowest widths take "
-                f"{ledger.in_words(least)}; raise it, or allow fewer bits"
+                f"budget.{self.kind}={self.budget} is out of reach: the cheapest widths take "
+                f"{ledger.in_words(least)}; raise it, or allow other bits"
             )
         losses = measure(self.sensitivity, found, model, batches, task, self.draws)
         points = front(ledger.costs, losses)
         best = points.best(limit)
         picks = points.picks[:, best].tolist()
-        for each, pick in zip(found, picks, strict=True):
-            each.choices[pick].put()
-        return self._tables(found, ledger, losses, points, picks, recipe)
+        chosen = [(each.path, each.choices[pick]) for each, pick in zip(found, picks, strict=True)]
+        for _, choice in chosen:
+            choice.put()
+        tables = self._tables(found, ledger, losses, points, picks, recipe)
+        _leave_float(model, [path for path, choice in chosen if not choice.parts])
+        return tables
 
     def _tables(
         self,
@@ -137,6 +169,8 @@ class Allocate(FinetuneStrategy):
             f"allocation: {ledger.in_words(cost)} of budget.{self.kind}={self.budget:g}, expected "
             f"{self.sensitivity} {in_words(self.sensitivity, loss)} by weights alone"
         )
+        if all(len(set(costs)) == 1 for costs in ledger.costs):
+            said += f"; every width takes as many {ledger.unit}, so the losses alone decided"
         rows = zip(found, ledger.costs, losses, picks, strict=True)
         return {
             "simulated.allocate": {
@@ -170,6 +204,13 @@ class Allocate(FinetuneStrategy):
         }
 
 
+def _leave_float(model: nn.Module, paths: Sequence[str]) -> None:
+    """Take the quantizers of these layers' weights out, so that they are stored as they are."""
+    every = by_path(model)
+    for weight in (weight for path in paths for weight in every[path]):
+        remove_weight_quantizer(weight.module, weight.parameter_name)
+
+
 def _is_fixed(path: str, recipe: Recipe) -> bool:
     """Whether a rule for single layers gives the width."""
     edits = [rule.edits.get(Role.WEIGHT) for rule in recipe.layers if fnmatchcase(path, rule.match)]
@@ -180,7 +221,7 @@ def as_rules(found: Sequence[Candidates], picks: Sequence[int], recipe: Recipe) 
     """Return the word of the command line that gives the same widths; behind one's own rules, if any."""
     chosen = [(each.path, each.choices[pick].num_bits) for each, pick in zip(found, picks, strict=True)]
     rules = [
-        f"{{match:'{path}',weight:{{num_bits:{width}}}}}"
+        f"{{match:'{path}',weight:{'null' if width == FLOAT_BITS else f'{{num_bits:{width}}}'}}}"
         for path, width in chosen
         if (slot := recipe.slot(path, Role.WEIGHT)) is None or slot.spec.num_bits != width
     ]

@@ -23,10 +23,9 @@ from qpipe import (
 from qpipe.nn import FakeQuant, QuantizedWeight, edge_quantizers, remove_weight_quantizer
 from qpipe.recipe import SlotEdit
 from qpipe.sharing import shared
-from qpipe_methods.allocation import FLOAT_BITS
 from qpipe_methods.reconstruction import float_parameter
 from qpipe_methods.replay import Replay
-from qpipe_methods.sensitivity import Progress, by_path, on_device, over_processes
+from qpipe_methods.sensitivity import FLOAT_BITS, Progress, by_path, on_device, over_processes
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, Trainer

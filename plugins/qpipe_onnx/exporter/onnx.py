@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from qpipe import (
 )
 from qpipe.calls import Call, indexed, moved, some_samples
 from qpipe.conversion import reason_not_affine
+from qpipe.kinds.exporter import Operation
 from qpipe.proof import calls, end_to_end, latencies
 from qpipe.tables import precision
 from qpipe_onnx._agreement import step_by_step
 from qpipe_onnx._runtime import FLOAT, ROUNDED, OnnxRuntimeModule, describe_call, executed_nodes
+from qpipe_onnx._timing import owners, scopes, timed
 from qpipe_onnx._trace import trace, write
 
 _FILE = "model.onnx"
@@ -109,6 +111,16 @@ class OnnxExporter(Exporter):
     def load(cls, path: Path) -> nn.Module | None:
         """Return a module that runs the file in ONNX Runtime."""
         return OnnxRuntimeModule.open(path)
+
+    def operations(self, model: nn.Module, call: Call, layers: Collection[str]) -> list[Operation]:
+        """Return what ONNX Runtime executes for a call, each operation timed."""
+        converted, call = convert(model, dynamic=True, tables=True).cpu(), moved(call, "cpu")
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / _FILE
+            graph = trace(converted, call, self.opset)
+            modules = scopes(graph)
+            write(graph, path, {})
+            return timed(path, owners(graph, modules, layers), call, self.accuracy_level, Path(folder))
 
     def _latency(
         self, file: Path, module: OnnxRuntimeModule, twin: Callable[[Path], bool], call: Call, rounds: bool

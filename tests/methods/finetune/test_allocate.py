@@ -112,6 +112,21 @@ def test_the_printed_rules_give_the_identical_model(net: Net, data: Tensor) -> N
     assert torch.equal(quantized(data), again(data))
 
 
+def test_the_layers_that_lose_most_stay_in_floating_point(net: Net, data: Tensor) -> None:
+    quantized, report = allocated(net, data, {"size": 0.6}, bits=[2, 32], activation=None)
+    assert report.metrics["simulated"]["size_bytes"] == payload_bytes(quantized) <= 0.6 * payload_bytes(net)
+    table = report.tables["simulated.allocate"]
+    bits = {row["layer"]: row["bits"] for row in table["layers"]}
+    assert set(bits.values()) == {2, 32}
+    coded = {row["name"].rpartition(":")[0] for row in report.weights}
+    assert coded == {path for path, width in bits.items() if width == 2}
+    rules = yaml.safe_load(table["rules"].partition('layers="')[2].rstrip('"').replace(":", ": "))
+    again, _ = qpipe.quantize(net, data, target="generic", activation=None, layers=rules)
+    assert torch.equal(quantized(data), again(data))
+    one = {"sensitivity": "hessian", "bits": [2, 32], "activation": None}
+    assert allocated(net, data, {"average_bits": 32}, **one)[1].metrics["simulated"]["sqnr_db"] > 120
+
+
 def test_rules_fix_a_width_and_a_module_has_one_width(net: Net, data: Tensor) -> None:
     quantized, report = allocated(
         net, data, {"average_bits": 3}, layers=[{"match": "last", "weight": {"num_bits": 7}}]
@@ -146,9 +161,12 @@ def test_the_front_is_stored_and_everything_has_a_page(net: Net, data: Tensor, t
         ({"budget": {"size": "small"}}, "is no number above 0"),
         ({"budget": {"size": 0.2}, "sensitivity": "guess"}, "sensitivity is sqnr or kl or hessian"),
         ({"budget": {"size": 0.2}, "bits": [0]}, "bits are whole numbers"),
+        ({"budget": {"size": 0.2}, "bits": [32]}, "leave nothing to quantize"),
+        ({"budget": {"size": 0.2}, "bits": [8, 32]}, "add activation=null"),
+        ({"budget": {"latency": 0.5}}, r"none of the exporters \(there is none\) times its operations"),
         (
             {"budget": {"size": 0.001}},
-            r"budget.size=0.001 is out of reach: the narrowest widths take [\d,]+ bytes",
+            r"budget.size=0.001 is out of reach: the cheapest widths take [\d,]+ bytes",
         ),
     ],
 )
@@ -172,7 +190,12 @@ def test_allocation_comes_first_and_needs_weights_and_classes(net: Net, data: Te
 def test_the_command_line_reads_well() -> None:
     config = compose_config(["bits=auto", "budget.size=0.2", "finetune=[gptq]"])
     assert [*config["finetune"]] == ["allocate", "gptq"]
-    assert config["finetune"]["allocate"]["budget"] == {"size": 0.2, "average_bits": None, "bops": None}
+    assert config["finetune"]["allocate"]["budget"] == {
+        "size": 0.2,
+        "average_bits": None,
+        "bops": None,
+        "latency": None,
+    }
     assert "budget" not in config  # repeated from config.yaml, it would have no effect
     with pytest.raises(RecipeError, match=r"'budget' is a word of bits=auto.*add bits=auto"):
         compose_config(["budget.size=0.2"])
