@@ -14,6 +14,7 @@ from torch import nn
 
 from qpipe.cache import Shelf
 from qpipe.choices import build_recipe, library_config
+from qpipe.heap import reusing
 from qpipe.identity import model_digest
 from qpipe.nn import edge_quantizers
 from qpipe.noise import quiet
@@ -66,7 +67,7 @@ def run(
         recipe = replace(recipe, shelf=Shelf())
     calibration = calibration_batches(data, num_samples)
     evaluation = evaluation_batches(data)
-    with _as_reference(model) as reference, staged(folder) as staging:
+    with _as_reference(model) as reference, staged(folder) as staging, reusing(model):
         shelves = _Shelves(recipe, model, (config or {}).get("trainer"))
         simulation = shared_copy(model).eval()
         for transform in recipe.transforms:

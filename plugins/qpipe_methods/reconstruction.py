@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qpipe import Entry, QpipeError, RecipeError, Shelf, calibration_batches, shared
+from qpipe.heap import frugal
 from qpipe.nn import FakeQuant, QuantizedWeight, disabled, weight_quantizers
-from qpipe_methods.memory import frugal, to_disk
+from qpipe_methods.memory import to_disk
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -160,6 +161,7 @@ def walk(
         stack.callback(model.train, was_training)
         model.eval()
         layers = list(quantized_layers(model))
+        stack.enter_context(frugal(model))
         inputs = _fitting(model, inputs, layers, memory_gb)
         floats, quants = (_start(model, inputs, stack) for _ in range(2))
         for module in units:
@@ -305,7 +307,6 @@ def _copies(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return {name: None if p is None else nn.Parameter(shared(p)) for name, p in parameters}
 
 
-@frugal()
 def _advance(walkers: Sequence[_Walker]) -> nn.Module | None:
     halted = {walker.advance() for walker in walkers}
     if len(halted) > 1:

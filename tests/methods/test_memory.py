@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 import torch
-from qpipe_methods.memory import _glibc, frugal, to_disk
+from qpipe_methods.memory import to_disk
 from torch import nn
 
 from qpipe import is_shared, shared
@@ -45,12 +45,3 @@ def test_without_room_on_disk_weights_stay_in_memory(
     to_disk(weight)
     assert weight.data_ptr() == address
     assert "weights that are rewritten stay in memory: No space left" in caplog.text
-
-
-def test_thresholds_the_user_chose_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
-    _glibc.cache_clear()
-    assert _glibc() is None
-    with frugal():
-        pass
-    _glibc.cache_clear()

@@ -10,7 +10,6 @@ from torch import Tensor
 from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
 from qpipe.functional import scale_eps
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.memory import frugal
 from qpipe_methods.quadratic import Levels, Moments, added_by, goal_of, keep, moments, no_worse
 from qpipe_methods.reconstruction import Layer
 
@@ -66,7 +65,6 @@ class GPTQ(LayerwiseStrategy):
         self.match = match
         self.ridge = ridge
 
-    @frugal()
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its compensated rounding."""
         levels = Levels(layer)
