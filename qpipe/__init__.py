@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qpipe.hookspecs import hookimpl
     from qpipe.kinds.calibrator import Calibrator
     from qpipe.kinds.evaluator import Evaluator, Subject
-    from qpipe.kinds.exporter import ExportContext, Exporter
+    from qpipe.kinds.exporter import ExportContext, Exporter, Operation
     from qpipe.kinds.finetune import FinetuneStrategy
     from qpipe.kinds.granularity import Granularity
     from qpipe.kinds.quantizer import Quantizer
@@ -41,7 +41,7 @@ _HOME = {
     "hookspecs": ["hookimpl"],
     "kinds.calibrator": ["Calibrator"],
     "kinds.evaluator": ["Evaluator", "Subject"],
-    "kinds.exporter": ["ExportContext", "Exporter"],
+    "kinds.exporter": ["ExportContext", "Exporter", "Operation"],
     "kinds.finetune": ["FinetuneStrategy"],
     "kinds.granularity": ["Granularity"],
     "kinds.quantizer": ["Quantizer"],

@@ -8,10 +8,9 @@ from dataclasses import asdict
 
 from torch import distributed, nn
 
-from qpipe import Entry, Exporter, Recipe, Shelf
+from qpipe import Entry, Exporter, Operation, Recipe, Shelf
 from qpipe.calls import Call, some_samples, tensors
 from qpipe.identity import code_version, machine, model_digest
-from qpipe.kinds.exporter import Operation
 from qpipe.nn import disabled, weight_quantizers
 from qpipe_methods.sensitivity import FLOAT_BITS, Candidates, Progress, kept
 
@@ -37,7 +36,7 @@ def microseconds(
     layers = {_path(w.name): _path(w.fake_quant.name) for w in weight_quantizers(model)}
     shapes = [(str(x.dtype), [*x.shape]) for x in tensors(call)]
     parts = (code_version(), machine(), model_digest(model), exporter, shapes)
-    shelf = Shelf(recipe.shelf.store, "latency", parts)
+    shelf = Shelf(recipe.shelf.store, "latency", parts, taken=recipe.shelf.taken)
     widths = sorted({choice.num_bits for each in found for choice in each.choices} - {FLOAT_BITS})
     progress = Progress(f"latency in {exporter.name}", len(widths) + 1)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qpipe import Operation
 from qpipe.cache import digest
 from qpipe.calls import Call, tensors
-from qpipe.kinds.exporter import Operation
 from qpipe_onnx._nodes import name_of
 from qpipe_onnx._runtime import session
 from qpipe_onnx._weights import weight_of

@@ -2,11 +2,13 @@
 
     python scripts/bench/bits.py                                       # every row, 256 evaluation crops
     python scripts/bench/bits.py --rows efficientnet --evaluation 64   # rows whose name holds a word
+    python scripts/bench/bits.py --rows latency
 
 A sensitivity is measured once and serves every budget; each row is then `qpipe.quantize` with the rules that
 bits=auto prints, which give the identical model. EfficientNet-Lite0: 8-bit activations, weights by channel,
 SQNR of the logits and agreement with float. MiniLM: weights alone, 64 inputs a scale, mean cosine. All
-figures are simulated; one thread; CPU seconds are those of the sensitivity.
+figures are simulated; one thread; CPU seconds are those of the sensitivity. Rows of a latency are measured:
+what was predicted, and the CPU time of the written file, the least of 30 calls with one sample.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
-from qpipe_methods.allocation import LEDGERS, front
+from qpipe_methods.allocation import front
 from qpipe_methods.sensitivity import candidates, in_words, measure
 from qpipe_zoo.data.photos import Photos
 from qpipe_zoo.data.sentences import Sentences
@@ -29,6 +32,7 @@ from qpipe_zoo.model.minilm import minilm
 from torch import nn
 
 from qpipe import Task, calibration_batches, quantize
+from qpipe.calls import some_samples
 
 GPTQ = {"name": "gptq", "shrinkage": 0.2}
 EVERY = (2, 3, 4, 5, 6, 8)
@@ -36,16 +40,20 @@ EVERY = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Row:
-    """Uniform width, or a budget of average bits for widths to choose from."""
+    """Uniform width, or a budget of average bits or of latency for widths to choose from."""
 
     uniform: int | None = None
     average: float | None = None
+    latency: float | None = None
     bits: tuple[int, ...] = EVERY
     choices: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"uniform {self.uniform}" if self.uniform else f"average {self.average} of {[*self.bits]}"
+        if self.uniform:
+            return f"uniform {self.uniform}"
+        budget = f"latency {self.latency}" if self.latency else f"average {self.average}"
+        return f"{budget} of {[*self.bits]}"
 
 
 def rules(found: Sequence[Any], picks: Sequence[int]) -> list[dict[str, Any]]:
@@ -89,13 +97,13 @@ class Bench:
         if row.average:
             found, losses, spent = self.sensitivity(by)
             allowed = [[i for i, c in enumerate(e.choices) if c.num_bits in row.bits] for e in found]
-            ledger = LEDGERS["average_bits"](found, self.prepared, self.model, None)
-            costs, own = (
-                [[of[i] for i in keep] for of, keep in zip(all_, allowed, strict=True)]
-                for all_ in (ledger.costs, losses)
-            )
+            costs = [
+                [e.numel * e.choices[i].num_bits for i in keep]
+                for e, keep in zip(found, allowed, strict=True)
+            ]
+            own = [[of[i] for i in keep] for of, keep in zip(losses, allowed, strict=True)]
             points = front(costs, own)
-            best = points.best(ledger.limit(row.average))
+            best = points.best(int(row.average * sum(e.numel for e in found)))
             assert best is not None
             picks = [keep[i] for keep, i in zip(allowed, points.picks[:, best].tolist(), strict=True)]
             layers, expected = rules(found, picks), in_words(by, points.losses[best])
@@ -122,6 +130,38 @@ class Bench:
             flush=True,
         )
 
+    def timed(self, row: Row) -> None:
+        """Print what was predicted, and what the file takes."""
+        budget = {"latency": row.latency}
+        strategy = {"name": "allocate", "budget": budget, "bits": row.bits, "num_samples": self.samples}
+        start = time.process_time()
+        _, report = quantize(
+            self.model,
+            self.data,
+            task=self.task,
+            evaluator=["sqnr"],
+            num_samples=64,
+            finetune=[strategy],
+            **{**self.common, **row.choices},
+        )
+        spent = time.process_time() - start
+        args, kwargs = some_samples(self.task.inputs(next(iter(calibration_batches(self.data, 1)))), 1)
+        (file,) = report.artifacts
+        assert file.module is not None
+        times = []
+        for _ in range(30):
+            start = time.process_time()
+            file.module(*args, **kwargs)
+            times.append(1e3 * (time.process_time() - start))
+        table = report.tables["simulated.allocate"]
+        widths = Counter(layer["bits"] for layer in table["layers"])
+        print(
+            f"{self.name:12s} {row.name:38s} layers by width {dict(widths)}  "
+            f"sqnr_db {report.metrics['simulated']['sqnr_db']:.2f}  file {min(times):.2f} CPU ms  "
+            f"{spent:.0f} CPU s in all\n    {table['finding']}",
+            flush=True,
+        )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -141,6 +181,7 @@ def main() -> None:
         Row(average=6, bits=(4, 8)),
         Row(average=6),
         Row(average=4.5, bits=(4, 8)),
+        Row(latency=0.9, bits=(4, 8), choices={"exporter": ["onnx"]}),
     ]
     photos += [Row(uniform=4, choices={"finetune": [GPTQ]}), Row(average=4, choices={"finetune": [GPTQ]})]
     g64 = {
@@ -149,6 +190,7 @@ def main() -> None:
         "granularity": {"name": "subchannel", "group_size": 64},
         "transform": [],
     }
+    rounded = {"exporter": [{"name": "onnx", "accuracy_level": 4}]}
     benches = [
         (
             Bench(
@@ -163,13 +205,20 @@ def main() -> None:
         ),
         (
             Bench("minilm", minilm(), Sentences(num_calibration=64), Task(None), g64, args.samples),
-            [Row(uniform=3), Row(average=3.5), Row(uniform=4), Row(average=4)],
+            [
+                *[Row(uniform=3), Row(average=3.5), Row(uniform=4), Row(average=4)],
+                Row(latency=1, bits=(4, 8, 32), choices={"exporter": ["onnx"]}),
+                *[Row(latency=share, bits=(4, 8, 32), choices=rounded) for share in (0.8, 0.9)],
+            ],
         ),
     ]
     for bench, rows in benches:
-        if not any(word in bench.name for word in args.rows):
-            continue
         for row in rows:
+            if not any(word in f"{bench.name} {row.name}" for word in args.rows):
+                continue
+            if row.latency:
+                bench.timed(row)
+                continue
             for by in args.by if row.average else [""]:
                 if by != "kl" or bench.task.class_dim is not None:
                     bench.row(row, by)

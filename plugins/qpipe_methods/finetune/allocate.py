@@ -140,8 +140,8 @@ class Allocate(FinetuneStrategy):
         least = sum(map(min, ledger.costs))
         if least > limit:
             raise RecipeError(
-                f"budget.{self.kind}={self.budget} is out of reach: the cheapest widths take "
-                f"{ledger.in_words(least)}; raise it, or allow other bits"
+                f"budget.{self.kind}={self.budget} ({limit + ledger.fixed:,} {ledger.unit}) is out of reach: "
+                f"the cheapest widths take {ledger.in_words(least)}; raise it, or allow other bits"
             )
         losses = measure(self.sensitivity, found, model, batches, task, self.draws)
         points = front(ledger.costs, losses)
@@ -169,8 +169,8 @@ class Allocate(FinetuneStrategy):
             f"allocation: {ledger.in_words(cost)} of budget.{self.kind}={self.budget:g}, expected "
             f"{self.sensitivity} {in_words(self.sensitivity, loss)} by weights alone"
         )
-        if all(len(set(costs)) == 1 for costs in ledger.costs):
-            said += f"; every width takes as many {ledger.unit}, so the losses alone decided"
+        if points.costs[0] == points.costs[-1]:
+            said += f"; every choice takes as many {ledger.unit}, so the losses alone decided"
         rows = zip(found, ledger.costs, losses, picks, strict=True)
         return {
             "simulated.allocate": {

@@ -17,6 +17,7 @@ from qpipe import (
     DataError,
     ExportContext,
     Exporter,
+    Operation,
     Recipe,
     RecipeError,
     Role,
@@ -29,7 +30,6 @@ from qpipe import (
 )
 from qpipe.calls import Call, indexed, moved, some_samples
 from qpipe.conversion import reason_not_affine
-from qpipe.kinds.exporter import Operation
 from qpipe.proof import calls, end_to_end, latencies
 from qpipe.tables import precision
 from qpipe_onnx._agreement import step_by_step

@@ -166,7 +166,7 @@ def test_the_front_is_stored_and_everything_has_a_page(net: Net, data: Tensor, t
         ({"budget": {"latency": 0.5}}, r"none of the exporters \(there is none\) times its operations"),
         (
             {"budget": {"size": 0.001}},
-            r"budget.size=0.001 is out of reach: the cheapest widths take [\d,]+ bytes",
+            r"budget.size=0.001 \(3 bytes\) is out of reach: the cheapest widths take [\d,]+ bytes",
         ),
     ],
 )
