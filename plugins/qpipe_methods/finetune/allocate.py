@@ -169,8 +169,8 @@ class Allocate(FinetuneStrategy):
             f"allocation: {ledger.in_words(cost)} of budget.{self.kind}={self.budget:g}, expected "
             f"{self.sensitivity} {in_words(self.sensitivity, loss)} by weights alone"
         )
-        if points.costs[0] == points.costs[-1]:
-            said += f"; every choice takes as many {ledger.unit}, so the losses alone decided"
+        if all(len(set(costs)) == 1 for costs in ledger.costs):
+            said += f"; every width takes as many {ledger.unit}, so the losses alone decided"
         rows = zip(found, ledger.costs, losses, picks, strict=True)
         return {
             "simulated.allocate": {
