@@ -165,20 +165,27 @@ def test_the_file_is_measured_and_written(net: Net, data: Tensor) -> None:
 def test_a_looser_budget_is_met_and_loses_less(
     net: Net, data: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock of our own: a bit of a weight takes a microsecond, a float weight 20, and all the rest 4."""
+    """By a clock of our own: a layer takes 30 µs in four bits, 8 in eight, 20 in floating point; the rest 4."""
 
     def operations(self: OnnxExporter, model: nn.Module, *_: Any) -> list[Operation]:  # noqa: ANN401
-        weights = {w.name.partition(":")[0]: w.fake_quant for w in weight_quantizers(model)}
-        bits = {name: f.slot.spec.num_bits if f.enabled else 20 for name, f in weights.items()}
-        return [Operation("", "input", 4), *(Operation(name, f"{n} bits", n) for name, n in bits.items())]
+        weights = {w.name.rpartition(":")[0]: w.fake_quant for w in weight_quantizers(model)}
+        times = {
+            name: {4: 30, 8: 8}[f.slot.spec.num_bits] if f.enabled else 20 for name, f in weights.items()
+        }
+        return [Operation("", "input", 4), *(Operation(name, f"in {us}", us) for name, us in times.items())]
 
     monkeypatch.setattr(OnnxExporter, "operations", operations)
     quality = []
-    for budget in (0.3, 0.6):  # of 84 µs
+    for budget, floats in ((0.6, 1), (0.8, 2)):  # of 84 µs; eight bits throughout take 36
         spent, report = allocated(net, data, budget)
-        bits = [row["bits"] for row in report.tables["simulated.allocate"]["layers"]]
-        assert spent == 4 + sum(min(width, 20) for width in bits) <= 84 * budget
+        layers = report.tables["simulated.allocate"]["layers"]
+        assert sorted(layer["bits"] for layer in layers) == [8] * (4 - floats) + [32] * floats
+        assert spent == 36 + 12 * floats <= 84 * budget
+        because = next(layer["because"] for layer in layers if layer["bits"] == 8)
+        assert because.endswith("at 4 bits for 22 µs more; no error at 32 bits for 12 µs more")
         quality.append(report.metrics["simulated"]["sqnr_db"])
     assert quality[0] < quality[1]
-    with pytest.raises(RecipeError, match="out of reach: the cheapest widths take 20 µs"):
-        allocated(net, data, 0.2)
+    with pytest.raises(
+        RecipeError, match=r"latency=0.4 \(33 µs\) is out of reach: the cheapest widths take 36 µs"
+    ):
+        allocated(net, data, 0.4)

@@ -191,7 +191,7 @@ class Allocate(FinetuneStrategy):
         """Return a layer's line: what it got, and what its neighbours would have meant."""
         why = [
             f"{in_words(self.sensitivity, losses[i])} at {each.choices[i].num_bits} bits"
-            f" for {abs(costs[i] - costs[pick]):,} {unit} {'less' if i < pick else 'more'}"
+            f" for {abs(costs[i] - costs[pick]):,} {unit} {'more' if costs[i] > costs[pick] else 'less'}"
             for i in (pick - 1, pick + 1)
             if 0 <= i < len(costs)
         ]
