@@ -165,7 +165,7 @@ def test_the_file_is_measured_and_written(net: Net, data: Tensor) -> None:
 def test_a_looser_budget_is_met_and_loses_less(
     net: Net, data: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock of our own: a layer takes 30 µs in four bits, 8 in eight, 20 in floating point; the rest 4."""
+    """By a clock of our own: a layer takes 30 µs in four bits, 8 in eight, 20 in float; the rest 4."""
 
     def operations(self: OnnxExporter, model: nn.Module, *_: Any) -> list[Operation]:  # noqa: ANN401
         weights = {w.name.rpartition(":")[0]: w.fake_quant for w in weight_quantizers(model)}
