@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 _MIB = 2**20
@@ -29,12 +31,24 @@ def reusing(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def frugal(model: nn.Module) -> AbstractContextManager[None]:
-    """Give what is freed back to the system, blocks of a MiB and more at once, where the model is large.
+    """Give what is freed back to the system, all but small blocks at once, where the model is large.
 
     glibc otherwise keeps freed blocks of up to 32 MiB, an arena for each thread, in pieces that seldom fit
     again.
     """
-    return _thresholds(mmap=_MIB, trim=64 * _MIB) if _is_large(model) else nullcontext()
+    return _thresholds(mmap=_MIB // 8, trim=64 * _MIB) if _is_large(model) else nullcontext()
+
+
+def release(model: nn.Module) -> None:
+    """Give back what stays of freed small blocks, and of MKL's copies of matrices, where the model is large.
+
+    MKL keeps a buffer for each thread that multiplied matrices.
+    """
+    libc = _glibc() if _is_large(model) else None
+    if libc is not None:
+        if hasattr(mkl := _libtorch(), "mkl_serv_free_buffers"):
+            mkl.mkl_serv_free_buffers()
+        libc.malloc_trim(0)
 
 
 def _is_large(model: nn.Module) -> bool:
@@ -65,3 +79,9 @@ def _glibc() -> Any:  # noqa: ANN401
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     chosen = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & {*os.environ}
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") and not chosen else None
+
+
+@cache
+def _libtorch() -> Any:  # noqa: ANN401
+    """Return the library that holds MKL where torch was built with it."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

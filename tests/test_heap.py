@@ -54,6 +54,27 @@ def test_afterwards_it_is_as_before() -> None:
     assert pages(f"with reusing({SMALL}): touched(2**27)\nprint(touched(2**28))") >= 2**7
 
 
+@pytest.mark.skipif(_glibc() is None, reason="needs glibc, its thresholds untouched")
+@pytest.mark.parametrize(("model", "least"), [(SMALL, 0), (LARGE, 40)])
+def test_small_blocks_that_were_freed_are_released_for_a_large_model(model: str, least: int) -> None:
+    program = f"""
+    from pathlib import Path
+    from qpipe.heap import release
+
+    def kept():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    blocks = [torch.ones(2**14) for _ in range(1000)]
+    blocks = blocks[::100]  # the rest lies between them
+    before = kept()
+    release({model})
+    print((before - kept()) // 1024)
+    """
+    released = pages(textwrap.dedent(program))
+    assert released >= least if least else released < 5
+
+
 def test_thresholds_the_user_chose_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     _glibc.cache_clear()

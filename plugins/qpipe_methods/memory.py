@@ -12,7 +12,7 @@ from torch import Tensor
 from qpipe import is_shared
 
 log = logging.getLogger("qpipe")
-_MIB = 2**20
+_LEAST = 2**16  # bytes that are worth a file of their own
 
 
 def to_disk(x: Tensor) -> None:
@@ -21,7 +21,7 @@ def to_disk(x: Tensor) -> None:
     The system keeps of the file what there is room for. What is small, shared with the float model, or not on
     the CPU stays.
     """
-    if x.device.type != "cpu" or x.nbytes < _MIB or is_shared(x):
+    if x.device.type != "cpu" or x.nbytes < _LEAST or is_shared(x):
         return
     try:
         with tempfile.TemporaryFile() as file:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,68 +11,100 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qpipe import QParams, QpipeError
-from qpipe.nn import FakeQuant
+from qpipe.nn import FakeQuant, on_blocks
 from qpipe_methods.reconstruction import Layer, parameter
 
 _CHUNK = 2**24  # elements that are unfolded at once: 64 MiB
-_ROWS = 128  # of a matrix of moments that are converted at once
+_PRECISE = 2**24  # bytes of a matrix of moments up to which it is kept in float64
+_COLUMNS = 128  # whose parameters are looked up at once
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Second moments of a layer's inputs x and of the outputs y it should give, for G groups of channels.
+class Goal:
+    """What roundings of a layer's weight are judged by, for G groups of channels.
 
-    With a bias they are taken about the means, which the bias takes up.
+    With a bias the moments are taken about the means, which the bias takes up.
 
     Args:
-        xx: [G, K, K], mean of x x'; the Hessian of half the squared error.
-        xy: [G, K, O], mean of x y'.
-        yy: [G, O], mean of y y.
-        mean_x, mean_y: [G, K] and [G, O], zero without a bias.
+        aim: [G, O, K], the real weight to round.
+        xx: [G, K, K], mean of x x' over the layer's inputs x; the Hessian of half the squared error.
+        mean_x: [G, K], mean of the inputs, zero without a bias.
+        mean_y: [G, O], mean of the outputs the layer should give, zero without a bias.
     """
 
+    aim: Tensor
     xx: Tensor
-    xy: Tensor
-    yy: Tensor
     mean_x: Tensor
     mean_y: Tensor
 
     def error(self, weight: Tensor) -> Tensor:
-        """Return the mean squared output error of weight [G, O, K] for each output, [G, O]."""
-        weight = weight.to(self.xx)
-        linear = (weight * self.xy.transpose(1, 2)).sum(2)
-        return ((weight @ self.xx) * weight).sum(2) - 2 * linear + self.yy
+        """Return the mean squared distance from the outputs of aim for each output of weight, [G, O]."""
+        change = weight - self.aim
+        return ((change @ self.xx) * change).sum(2)
 
-    def shrunk(self, share: float) -> Moments:
-        """Return the moments with a share of xx's off-diagonal taken away: few photos overstate correlations.
+    def in_float32(self) -> Goal:
+        """Return it in single precision."""
+        return Goal(*(value.float() for value in vars(self).values()))
 
-        Call it before aimed_at, which makes xy agree.
-        """
-        if not share:
-            return self
-        diagonal = torch.diag_embed(self.xx.diagonal(dim1=1, dim2=2))
-        return replace(self, xx=torch.lerp(self.xx, diagonal, share))
 
-    def aimed_at(self, weight: Tensor) -> Moments:
-        """Return the moments whose targets are what weight [G, O, K] itself makes of the inputs."""
-        xy = self.xx @ weight.to(self.xx).transpose(1, 2)
-        yy = (weight.to(self.xx).transpose(1, 2) * xy).sum(1)
-        return replace(self, xy=xy, yy=yy)
+def goal_of(layer: Layer, match: str = "layer", ridge: float = 0.0) -> Goal:
+    """Sum up what reaches a layer, and say which real weight to round.
 
-    def in_float32(self) -> Moments:
-        """Return them in single precision."""
-        return Moments(*(value.float() for value in vars(self).values()))
+    In float64, where xx takes at most 16 MiB then; else in float32.
 
-    def damped(self, damping: float) -> Tensor:
-        """Return xx with a share of its mean diagonal added; an input never seen counts as that mean."""
-        return damped(self.xx, damping)
+    Args:
+        match: 'layer' takes the float weight; 'float' the weight that best gives the float model's outputs.
+        ridge: share of xx's mean diagonal that holds the latter to the float weight.
 
-    def solution(self, weight: Tensor, damping: float) -> Tensor:
-        """Return the real weight of least error, held to weight [G, O, K] by damping (ridge regression)."""
-        weight = weight.to(self.xx)
-        rest = self.xy - self.xx @ weight.transpose(1, 2)
-        change: Tensor = torch.linalg.solve(self.damped(damping), rest)
-        return weight + change.transpose(1, 2)
+    Raises:
+        QpipeError: nothing reached the layer.
+    """
+    weight = rows_of(layer.module, layer.weight)
+    groups, outputs, inputs = weight.shape
+    weight = weight.double() if 8 * groups * inputs**2 <= _PRECISE else weight.float()
+    xx = weight.new_zeros(groups, inputs, inputs)
+    xy = weight.new_zeros(groups, inputs, outputs) if match == "float" else None
+    sum_x, sum_y = (weight.new_zeros(groups, n, dtype=torch.float64) for n in (inputs, outputs))
+    count = 0
+    for x, y in _rows(layer):
+        count += x.shape[2]
+        _add_product(xx, x, x)
+        if xy is not None:
+            _add_product(xy, x, y)
+        sum_x, sum_y = sum_x + x.sum(2), sum_y + y.sum(2)
+    if not count:
+        raise QpipeError(f"nothing reached '{layer.name}'")
+    centred = layer.module._parameters.get("bias") is not None
+    mean_x, mean_y = ((total / count * centred).to(xx) for total in (sum_x, sum_y))
+    _mean(xx, count, mean_x, mean_x)
+    if xy is None:
+        return Goal(weight, xx, mean_x, mean_y)
+    _mean(xy, count, mean_x, mean_y)
+    return Goal(solution(xx, xy, weight, ridge), xx, mean_x, mean_y)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x y' to a total, in place: x [G, K, N] and y [G, *, N] in float32."""
+    if total.dtype == x.dtype:
+        total.baddbmm_(x, y.mT)
+    else:
+        total += x @ y.mT
+
+
+def _mean(products: Tensor, count: int, left: Tensor, right: Tensor) -> None:
+    """Make of summed products [G, K, *] their mean about the means [G, K] and [G, *], in place."""
+    products.baddbmm_(left[:, :, None], right[:, None], beta=1 / count, alpha=-1)
+
+
+def solution(xx: Tensor, xy: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """Return the weight of least squared error under x x' and x y', held to weight [G, O, K] by ridge.
+
+    Args:
+        xx, xy: [G, K, K] and [G, K, O].
+        ridge: share of xx's mean diagonal; more holds tighter.
+    """
+    factor = torch.linalg.cholesky(damped(xx, ridge))
+    return weight + torch.cholesky_solve(xy - xx @ weight.mT, factor).mT
 
 
 def damped(xx: Tensor, damping: float) -> Tensor:
@@ -90,68 +122,28 @@ def added_by(damping: float, xx: Tensor) -> Tensor:
     return damping * mean + torch.where(unseen, mean, 0)
 
 
-def moments(layer: Layer) -> Moments:
-    """Sum up what reaches a layer and what it should give, in float64."""
-    centred = layer.module._parameters.get("bias") is not None
-    xx: Tensor | None = None
-    xy: Tensor | None = None
-    yy = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for x, y in _rows(layer):
-        count += x.shape[2]
-        xx, xy = _plus(xx, x @ x.mT), _plus(xy, x @ y.mT)
-        yy = yy + y.square().sum(2).double()
-        sum_x, sum_y = sum_x + x.sum(2).double(), sum_y + y.sum(2).double()
-    if xx is None or xy is None:
-        raise QpipeError(f"nothing reached '{layer.name}'")
-    mean_x, mean_y = sum_x / count * centred, sum_y / count * centred
-    xx, xy = xx.div_(count), xy.div_(count)
-    if centred:
-        _centre(xx, mean_x, mean_x)
-        _centre(xy, mean_x, mean_y)
-    return Moments(xx, xy, yy / count - mean_y.square(), mean_x, mean_y)
+def shrink(xx: Tensor, share: float) -> None:
+    """Take a share of the off-diagonal away, in place: few photos overstate correlations."""
+    if share:
+        diagonal = xx.diagonal(dim1=1, dim2=2).clone()
+        xx.mul_(1 - share).diagonal(dim1=1, dim2=2).copy_(diagonal)
 
 
-def _plus(total: Tensor | None, x: Tensor) -> Tensor:
-    """Add x [G, K, *] to a total in float64, in place, and return it."""
-    if total is None:
-        return x.double()
-    for into, part in zip(torch.split(total, _ROWS, 1), torch.split(x, _ROWS, 1), strict=True):
-        into += part  # converted row by row: no second matrix in float64
-    return total
-
-
-def _centre(products: Tensor, left: Tensor, right: Tensor) -> None:
-    """Take the product of the means [G, K] and [G, *] from mean products [G, K, *], in place."""
-    for into, mean in zip(torch.split(products, _ROWS, 1), torch.split(left, _ROWS, 1), strict=True):
-        into -= mean[:, :, None] * right[:, None]
-
-
-def goal_of(
-    of: Moments, weight: Tensor, match: str, ridge: float, shrinkage: float = 0.0
-) -> tuple[Tensor, Moments]:
-    """Return the real weight [G, O, K] to round, and the moments by which roundings are judged.
+def fall_back(rounded: Tensor, nearest: Tensor, error: Callable[[Tensor], Tensor]) -> None:
+    """Overwrite the outputs of rounded that err more than those of nearest by these; both [G, O, K].
 
     Args:
-        match: 'layer' takes the float weight; 'float' the weight that best gives the float model's outputs.
-        ridge: holds the latter to the float weight.
-        shrinkage: of the moments by which roundings are judged.
+        error: of each output of a weight, [G, O, K] -> [G, O].
     """
-    weight = weight.to(of.xx)
-    aim = of.solution(weight, ridge) if match == "float" else weight
-    return aim, of.shrunk(shrinkage).aimed_at(aim)
-
-
-def no_worse(rounded: Tensor, nearest: Tensor, goal: Moments) -> Tensor:
-    """Return rounded, and nearest for the outputs where that has less error; both [G, O, K]."""
-    better = goal.error(rounded) <= goal.error(nearest)
-    return torch.where(better[:, :, None], rounded, nearest)
+    worse = error(rounded) > error(nearest)
+    rounded[worse] = nearest[worse]
 
 
 def _rows(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs [G, K, N] and targets [G, O, N], a column for each product of weight and input."""
     groups = getattr(layer.module, "groups", 1)
     for x, y in zip(layer.inputs, layer.targets, strict=True):
+        x, y = x.float(), y.float()
         if isinstance(layer.module, nn.Linear):
             yield x.reshape(1, -1, x.shape[-1]).mT, y.reshape(1, -1, y.shape[-1]).mT
             continue
@@ -188,6 +180,12 @@ def _unfold(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401  # a convolution
     return x.permute(0, 1, *kernel, *range(2, 2 + dims)).flatten(2 + dims).flatten(1, 1 + dims)
 
 
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """View a layer's weight [O, *] as [G, O / G, K]."""
+    groups: int = getattr(module, "groups", 1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
 class Levels:
     """The levels of a layer's weight, element by element: [G, O, K], whatever quantizer and granularity.
 
@@ -197,22 +195,32 @@ class Levels:
 
     def __init__(self, layer: Layer) -> None:
         self.fake_quant: FakeQuant = layer.fake_quant
+        self.module = layer.module
         self.shape = layer.weight.shape
-        self.groups = getattr(layer.module, "groups", 1)
-        granularity = self.fake_quant.slot.granularity
-        blocks = granularity.to_blocks(layer.weight)
-        numbers = torch.arange(len(blocks), device=blocks.device)[:, None].expand(blocks.shape)
-        self.block = self.rows(granularity.from_blocks(numbers, self.shape))  # which one an element is in
-        self.num_blocks = len(blocks)
+        self.device = layer.weight.device
+        blocks = self.fake_quant.slot.granularity.to_blocks(torch.empty(self.shape, device="meta"))
+        self.num_blocks, self._block_size = blocks.shape
+        block = self.block
+        self._of_rows, self._of_columns = block[:, :, :1].clone(), block[:, :1] - block[:, :1, :1]
+        if not torch.equal(self._of_rows + self._of_columns, block):  # blocks that form no grid
+            self._of_rows, self._of_columns = torch.zeros_like(self._of_rows), block
+
+    @property
+    def block(self) -> Tensor:
+        """The block each element is in, [G, O, K]: made anew, as large as the weight."""
+        numbers = torch.arange(self.num_blocks, dtype=torch.int32, device=self.device)[:, None]
+        spread = numbers.expand(-1, self._block_size)
+        return self.rows(self.fake_quant.slot.granularity.from_blocks(spread, self.shape))
 
     @property
     def apart(self) -> bool:
         """Whether no two outputs share a scale."""
-        return int(torch.bincount(self.block.flatten(0, 1)[:, 0]).max()) == 1
+        first = self._of_rows + self._of_columns[:, :, :1]
+        return int(torch.bincount(first.flatten()).max()) == 1
 
     def rows(self, weight: Tensor) -> Tensor:
         """View a weight [O, *] as [G, O / G, K]."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return rows_of(self.module, weight)
 
     def weight(self, rows: Tensor) -> Tensor:
         """Undo rows."""
@@ -220,27 +228,29 @@ class Levels:
 
     def round(self, x: Tensor) -> Tensor:
         """Return the level nearest to each element of x [G, O, K]."""
-        slot = self.fake_quant.slot
-        blocks = slot.granularity.to_blocks(self.weight(x).float())
-        codes = slot.quantizer.quantize(blocks, self.fake_quant.qparams(), slot.spec)
-        rounded = slot.quantizer.dequantize(codes, self.fake_quant.qparams(), slot.spec)
-        return self.rows(slot.granularity.from_blocks(rounded, self.shape)).to(x)
+        rounded = on_blocks(self.fake_quant.slot, self.weight(x).float(), self.fake_quant.qparams())
+        return self.rows(rounded).to(x)
 
-    def round_column(self, x: Tensor, column: Tensor | int) -> Tensor:
-        """Return the level nearest to each element of x [G, O]: of a column, or of one a group [G]."""
-        if isinstance(column, int):
-            block = self.block[:, :, column]
-        else:
-            block = self.block.gather(2, column[:, None, None].expand(-1, x.shape[1], 1))
-        slot, qparams = self.fake_quant.slot, self.qparams(block.flatten())
-        codes = slot.quantizer.quantize(x.reshape(-1, 1).float(), qparams, slot.spec)
-        return slot.quantizer.dequantize(codes, qparams, slot.spec).reshape(x.shape).to(x)
+    def columns(self, index: Tensor) -> Iterator[QParams]:
+        """Yield the parameters of columns, one of each group at a time: [G * O, 1] each.
 
-    def qparams(self, block: Tensor) -> QParams:
-        """Return the parameters of blocks [n], a row each."""
+        Args:
+            index: [G, columns].
+        """
         of = self.fake_quant.qparams()
-        extra = {name: value[block] for name, value in of.extra.items()}
-        return QParams(of.scale[block], of.zero_point[block], extra)
+        for part in torch.split(index, _COLUMNS, 1):
+            columns = self._of_columns.gather(2, part[:, None].expand(-1, self._of_columns.shape[1], -1))
+            block = (self._of_rows + columns).permute(2, 0, 1).flatten(1)
+            scale, zero_point = of.scale[block], of.zero_point[block]
+            extra = {name: value[block] for name, value in of.extra.items()}
+            for i in range(len(block)):
+                yield QParams(scale[i], zero_point[i], {name: value[i] for name, value in extra.items()})
+
+    def round_column(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Return the level nearest to each element of x [G, O], a column with these parameters."""
+        slot = self.fake_quant.slot
+        rounded = slot.quantizer.settled().fake_quantize(x.reshape(-1, 1).float(), qparams, slot.spec)
+        return rounded.reshape(x.shape).to(x)
 
     def per_element(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero_point of each element, [G, O, K]."""
@@ -248,14 +258,14 @@ class Levels:
         return of.scale[:, 0][self.block], of.zero_point[:, 0][self.block]
 
 
-def keep(layer: Layer, levels: Levels, rows: Tensor, of: Moments) -> None:
+def keep(layer: Layer, levels: Levels, rows: Tensor, goal: Goal) -> None:
     """Store a weight [G, O, K] and the bias that gives the targets' means."""
     layer.weight.copy_(levels.weight(rows))
-    set_bias(layer, levels, rows, of)
+    set_bias(layer, rows, goal)
 
 
-def set_bias(layer: Layer, levels: Levels, rows: Tensor, of: Moments) -> None:
-    """Store the bias that gives the targets' means, where there is one."""
+def set_bias(layer: Layer, rows: Tensor, goal: Goal) -> None:
+    """Store the bias with which weight [G, O, K] gives the targets' means, where there is one."""
     if layer.module._parameters.get("bias") is not None:
-        mean = torch.einsum("gok,gk->go", rows.to(of.mean_x), of.mean_x)
-        parameter(layer.module, "bias").copy_((of.mean_y - mean).flatten())
+        mean = torch.einsum("gok,gk->go", rows.to(goal.mean_x), goal.mean_x)
+        parameter(layer.module, "bias").copy_((goal.mean_y - mean).flatten())

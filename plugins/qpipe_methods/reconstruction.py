@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qpipe import Entry, QpipeError, RecipeError, Shelf, calibration_batches, shared
-from qpipe.heap import frugal
+from qpipe.heap import frugal, release
 from qpipe.nn import FakeQuant, QuantizedWeight, disabled, weight_quantizers
 from qpipe_methods.memory import to_disk
 
@@ -107,6 +107,7 @@ def reconstruct(
 
     def as_layer(unit: Unit) -> None:
         inputs = [args[0] for args, _ in unit.calls]
+        unit.float_calls = ()  # nobody reads them here: their memory goes
         improve(Layer(unit.name, unit.module, quantizers[unit.module], inputs, unit.targets))
 
     names = {module: name for name, module in model.named_modules() if module in quantizers}
@@ -213,10 +214,7 @@ def _walk(
     with _float(model, layers):
         _advance(floats)
     while (module := _advance(quants)) is not None:
-        calls, float_calls = [w.call_at for w in quants], [w.call_at for w in floats]
-        with _float(model, layers):
-            _advance(floats)
-        improve(Unit(units[module], module, calls, float_calls, [w.left(module) for w in floats]))
+        improve(_reached(model, layers, units[module], module, floats, quants))
         for layer in layers.keys() & {*module.modules()}:
             if (weight := layer._parameters["weight"]) is not None:
                 to_disk(weight)
@@ -235,6 +233,22 @@ def _walk(
     for module, name in units.items():
         if module not in quants[0].visited:
             log.warning("%s: '%s' is not called as a layer and stays as it is", title, name)
+
+
+def _reached(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    name: str,
+    module: nn.Module,
+    floats: Sequence[_Walker],
+    quants: Sequence[_Walker],
+) -> Unit:
+    """Run the float model past a module at which all walkers are halted; return what is known of it then."""
+    calls, float_calls = [w.call_at for w in quants], [w.call_at for w in floats]
+    with _float(model, layers):
+        _advance(floats)
+    release(model)
+    return Unit(name, module, calls, float_calls, [w.left(module) for w in floats])
 
 
 def float_parameter(model: nn.Module, module: nn.Module, name: str) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qpipe import FinetuneStrategy, RecipeError, hookimpl
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, goal_of, keep, moments, no_worse
+from qpipe_methods.quadratic import Levels, fall_back, goal_of, keep
 from qpipe_methods.reconstruction import Layer
 
 _GAMMA, _ZETA = -0.1, 1.1
@@ -65,14 +65,14 @@ class AdaRound(LayerwiseStrategy):
             raise RecipeError(
                 f"adaround rounds to even steps, quantizer '{slot.quantizer.name}' of '{layer.name}' has none"
             )
-        levels, of = Levels(layer), moments(layer)
-        aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge)
-        rounding = Rounding(aim.float(), levels)
-        nearest = levels.round(aim)
+        levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
+        rounding = Rounding(goal.aim.float(), levels)
+        nearest = levels.round(goal.aim)
         unit = float((goal.error(nearest).sum() / nearest.numel()).clamp(min=1e-30))
-        self._learn(rounding, aim.float(), goal.xx.float() / unit)
-        rounded = rounding.weight((rounding.h() > 0.5).float())
-        keep(layer, levels, no_worse(rounded.to(aim), nearest, goal), of)
+        self._learn(rounding, goal.aim.float(), goal.xx.float() / unit)
+        rounded = rounding.weight((rounding.h() > 0.5).float()).to(nearest)
+        fall_back(rounded, nearest, goal.error)
+        keep(layer, levels, rounded, goal)
 
     def _learn(self, rounding: Rounding, aim: Tensor, xx: Tensor) -> None:
         optimizer = torch.optim.Adam([rounding.v], lr=self.lr, fused=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpipe import FinetuneStrategy, QParams, Range, RecipeError, hookimpl
+from qpipe import FinetuneStrategy, QParams, QuantSpec, Range, RecipeError, hookimpl
 from qpipe.functional import affine_qparams, round_ste
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, Moments, goal_of, keep, moments, no_worse
+from qpipe_methods.quadratic import Goal, Levels, fall_back, goal_of, keep
 from qpipe_methods.reconstruction import Layer
 
 
@@ -57,34 +57,34 @@ class AutoRound(LayerwiseStrategy):
             raise RecipeError(
                 f"autoround needs even steps; quantizer '{slot.quantizer.name}' of '{layer.name}' has none"
             )
-        levels, of = Levels(layer), moments(layer)
-        aim, goal = goal_of(of, levels.rows(layer.weight), self.match, self.ridge)
-        nearest, before = levels.round(aim), layer.fake_quant.qparams()
-        rounded, qparams = self._learn(aim.float(), layer, levels, goal.in_float32())
+        levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
+        nearest, before = levels.round(goal.aim), layer.fake_quant.qparams()
+        rounded, qparams = self._learn(layer, levels, goal.in_float32())
         if self.ranges:
             layer.fake_quant.set_qparams(qparams)
         if goal.error(rounded).sum() > goal.error(nearest).sum():
             layer.fake_quant.set_qparams(before)
             rounded = nearest
         elif not self.ranges:
-            rounded = no_worse(rounded.to(aim), nearest, goal)
-        keep(layer, levels, rounded, of)
+            rounded = rounded.to(nearest)
+            fall_back(rounded, nearest, goal.error)
+        keep(layer, levels, rounded, goal)
 
-    def _learn(self, aim: Tensor, layer: Layer, levels: Levels, goal: Moments) -> tuple[Tensor, QParams]:
-        slot, start = layer.fake_quant.slot, layer.fake_quant.qparams()
+    def _learn(self, layer: Layer, levels: Levels, goal: Goal) -> tuple[Tensor, QParams]:
+        slot, start, aim = layer.fake_quant.slot, layer.fake_quant.qparams(), goal.aim
         ends = Range(
             (slot.spec.quant_min - start.zero_point) * start.scale,
             (slot.spec.quant_max - start.zero_point) * start.scale,
         )
         offset = torch.zeros_like(aim).requires_grad_()
         shrink = torch.ones(2, *start.scale.shape, device=aim.device).requires_grad_(self.ranges)
-        least, best = float("inf"), (aim, start)
+        least, best, block = float("inf"), (aim, start), levels.block.long()
         with torch.enable_grad():
             for i in range(self.iterations):
                 qparams = start
                 if self.ranges:
                     qparams = affine_qparams(Range(ends.low * shrink[0], ends.high * shrink[1]), slot.spec)
-                rounded = _rounded(aim, offset, qparams, levels)
+                rounded = _rounded(aim, offset, qparams, block, slot.spec)
                 loss = goal.error(rounded).sum()
                 if loss.item() < least:
                     least, best = loss.item(), (rounded.detach(), _detached(qparams))
@@ -98,9 +98,8 @@ class AutoRound(LayerwiseStrategy):
         return best
 
 
-def _rounded(aim: Tensor, offset: Tensor, qparams: QParams, levels: Levels) -> Tensor:
-    spec = levels.fake_quant.slot.spec
-    scale, zero_point = qparams.scale[:, 0][levels.block], qparams.zero_point[:, 0][levels.block]
+def _rounded(aim: Tensor, offset: Tensor, qparams: QParams, block: Tensor, spec: QuantSpec) -> Tensor:
+    scale, zero_point = qparams.scale[:, 0][block], qparams.zero_point[:, 0][block]
     codes = round_ste(aim / scale + offset)
     return codes.clamp(spec.quant_min - zero_point, spec.quant_max - zero_point) * scale
 

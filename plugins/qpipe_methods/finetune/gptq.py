@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
 from qpipe.functional import scale_eps
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, Moments, added_by, goal_of, keep, moments, no_worse
+from qpipe_methods.quadratic import Goal, Levels, added_by, fall_back, goal_of, set_bias, shrink
 from qpipe_methods.reconstruction import Layer
+
+_ROWS = 128  # that are copied at once
 
 
 class GPTQ(LayerwiseStrategy):
@@ -67,35 +69,121 @@ class GPTQ(LayerwiseStrategy):
 
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its compensated rounding."""
-        levels = Levels(layer)
-        weight = levels.rows(layer.weight)
-        aim, goal = goal_of(moments(layer), weight, self.match, self.ridge, self.shrinkage)
-
-        def round_to(levels: Levels) -> Tensor:
-            return compensated(aim, goal.xx, levels, self.block_size, self.act_order, self.damping)
-
-        rounded = round_to(levels)
+        levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
+        shrink(goal.xx, self.shrinkage)
+        hessian = goal.xx.clone() if self.sweeps else goal.xx
+        compensation = Compensation(goal.aim, hessian, self.damping, self.act_order)
+        rounded = compensation.rounded(levels, self.block_size)
         if self.scales:
             ratios = torch.linspace(0.6, 1.1, self.scales).tolist()
-            rounded = best_scales(layer, levels, rounded, goal, ratios, round_to)
+            rounded = best_scales(layer, levels, rounded, compensation, ratios, self.block_size)
         for _ in range(self.sweeps):
             rounded = descended(rounded, goal, levels)
-        keep(layer, levels, no_worse(rounded, levels.round(aim), goal), goal)
+        fall_back(rounded, levels.round(goal.aim), compensation.error)
+        set_bias(layer, rounded, goal)
+        del goal, hessian, compensation  # before the weight takes memory of its own
+        layer.weight.copy_(levels.weight(rounded))
+
+
+class Compensation:
+    """Round an aim column by column; what is left of it makes up for the error.
+
+    Args:
+        aim: [G, O, K], the real weight.
+        hessian: [G, K, K], mean of x x' over the inputs; overwritten by the upper factor of its inverse.
+        damping: share of the mean diagonal added to the hessian.
+        act_order: round the inputs of most energy first.
+
+    Raises:
+        RecipeError: the damped hessian is not positive definite.
+    """
+
+    def __init__(self, aim: Tensor, hessian: Tensor, damping: float = 0.0, act_order: bool = True) -> None:
+        added = added_by(damping, hessian)
+        energy = hessian.diagonal(dim1=1, dim2=2) + added
+        order = torch.arange(energy.shape[1], device=energy.device).expand(energy.shape)
+        self.order = energy.argsort(1, descending=True) if act_order else order
+        self.aim = aim
+        self.added = added.gather(1, self.order)
+        self.factor = hessian
+        _reorder(self.factor, self.order, 1)
+        _reorder(self.factor, self.order, 2)
+        self.factor.diagonal(dim1=1, dim2=2).add_(self.added)
+        _invert_and_factorize(self.factor)
+
+    def error(self, weight: Tensor) -> Tensor:
+        """Return the mean squared distance from the outputs of aim for each output of weight, [G, O]."""
+        found = []
+        for part, aim in zip(torch.split(weight, _ROWS, 1), torch.split(self.aim, _ROWS, 1), strict=True):
+            change = (part - aim).gather(2, self.order[:, None].expand_as(part))
+            whitened = torch.linalg.solve_triangular(self.factor, change, upper=True, left=False)
+            damping = change.square_() @ self.added[:, :, None]
+            found.append(whitened.square_().sum(2) - damping[:, :, 0])
+        return torch.cat(found, 1)
+
+    def rounded(self, levels: Levels, block_size: int = 128) -> Tensor:
+        """Return the levels chosen, [G, O, K].
+
+        Args:
+            block_size: columns after which the rest is updated, at once.
+        """
+        left = self.aim.clone()
+        _reorder(left, self.order, 2)
+        columns, factor = left.shape[2], self.factor
+        qparams = levels.columns(self.order)
+        for start in range(0, columns, block_size):
+            end = min(start + block_size, columns)
+            errors = torch.empty_like(left[:, :, start:end])
+            for j in range(start, end):
+                level = levels.round_column(left[:, :, j], next(qparams))
+                error = (left[:, :, j] - level) / factor[:, j, j, None]
+                left[:, :, j] = level
+                left[:, :, j + 1 : end].addcmul_(error[:, :, None], factor[:, None, j, j + 1 : end], value=-1)
+                errors[:, :, j - start] = error
+            left[:, :, end:].baddbmm_(errors, factor[:, start:end, end:], alpha=-1)
+        _reorder(left, self.order.argsort(1), 2)
+        return left
+
+
+def _reorder(x: Tensor, order: Tensor, dim: int) -> None:
+    """Put x [G, *, *] in order [G, K] along a dimension, in place."""
+    shape = [len(order), 1, 1]
+    shape[dim] = -1
+    for part in torch.split(x, _ROWS, 3 - dim):
+        part.copy_(part.gather(dim, order.reshape(shape).expand_as(part)))
+
+
+def _invert_and_factorize(x: Tensor) -> None:
+    """Replace symmetric matrices [G, K, K] by the upper Cholesky factors of their inverses, in place.
+
+    Raises:
+        RecipeError: one is not positive definite.
+    """
+    lower = x.mT  # stored column by column as LAPACK wants it, which then makes no copy
+    _cholesky(lower)
+    torch.cholesky_inverse(lower, out=lower)
+    _cholesky(lower)
+
+
+def _cholesky(x: Tensor) -> None:
+    info = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    torch.linalg.cholesky_ex(x, out=(x, info))
+    if info.any():
+        raise RecipeError("gptq: inputs of a layer depend on each other; raise finetune.gptq.damping")
 
 
 def best_scales(
     layer: Layer,
     levels: Levels,
     rounded: Tensor,
-    goal: Moments,
+    compensation: Compensation,
     ratios: Sequence[float],
-    round_to: Callable[[Levels], Tensor],
+    block_size: int,
 ) -> Tensor:
     """Set each scale to the multiple of itself with which rounding errs least; return the rounded weight.
 
     Args:
         rounded: [G, O, K], with the present scales.
-        round_to: rounds with the scales that are set.
 
     Raises:
         RecipeError: the quantizer's levels are not even.
@@ -105,82 +193,32 @@ def best_scales(
         raise RecipeError(
             f"quantizer '{slot.quantizer.name}' of '{layer.name}' has no scale to search; use scales=0"
         )
-    scale, least = start.scale, goal.error(rounded)
+    scale, least = start.scale, compensation.error(rounded)
     for ratio in ratios:
         tried_scale = (start.scale * ratio).clamp(min=scale_eps(slot.spec.num_bits))
         layer.fake_quant.set_qparams(QParams(tried_scale, start.zero_point))
-        tried = round_to(levels)
-        error = goal.error(tried)
+        tried = compensation.rounded(levels, block_size)
+        error = compensation.error(tried)
         better = error < least if levels.apart else (error.sum() < least.sum()).expand_as(error)
         least, rounded = torch.where(better, error, least), torch.where(better[:, :, None], tried, rounded)
-        blocks = levels.block[better].flatten()  # some more than once, always with one value
+        blocks = levels.block[better].flatten().long()  # some more than once, always with one value
         scale = scale.index_copy(0, blocks, tried_scale[blocks])
     layer.fake_quant.set_qparams(QParams(scale, start.zero_point))
     return rounded
 
 
-def compensated(
-    weight: Tensor,
-    hessian: Tensor,
-    levels: Levels,
-    block_size: int = 128,
-    act_order: bool = True,
-    damping: float = 0.0,
-) -> Tensor:
-    """Return the levels GPTQ chooses for weight [G, O, K] under hessian [G, K, K].
-
-    Args:
-        damping: share of the mean diagonal added to the hessian.
-    """
-    added = added_by(damping, hessian)
-    energy = hessian.diagonal(dim1=1, dim2=2) + added
-    order = (
-        energy.argsort(1, descending=True)
-        if act_order
-        else torch.arange(energy.shape[1]).expand(energy.shape)
-    )
-    order = order.to(weight.device)
-    factor = _inverse_factor(hessian, added, order)
-    left = weight.gather(2, order[:, None].expand_as(weight)).clone()
-    result = torch.empty_like(left)
-    columns = left.shape[2]
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        errors = torch.empty_like(left[:, :, start:end])
-        for j in range(start, end):
-            result[:, :, j] = levels.round_column(left[:, :, j], order[:, j])
-            error = (left[:, :, j] - result[:, :, j]) / factor[:, j, j, None]
-            left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
-            errors[:, :, j - start] = error
-        left[:, :, end:] -= errors @ factor[:, start:end, end:]
-    return torch.empty_like(result).scatter_(2, order[:, None].expand_as(result), result)
-
-
-def descended(rounded: Tensor, goal: Moments, levels: Levels) -> Tensor:
+def descended(rounded: Tensor, goal: Goal, levels: Levels) -> Tensor:
     """Move each column in turn to the level that is best while the others stay; the error only falls."""
     rounded = rounded.clone()
-    slope = rounded @ goal.xx - goal.xy.mT  # half the gradient of the error
-    for j in range(rounded.shape[2]):
+    slope = (rounded - goal.aim) @ goal.xx  # half the gradient of the error
+    every = torch.arange(rounded.shape[2], device=rounded.device).expand(len(rounded), -1)
+    for j, qparams in enumerate(levels.columns(every)):
         curvature = goal.xx[:, j, j, None]
         best = rounded[:, :, j] - torch.where(curvature > 0, slope[:, :, j] / curvature, 0)
-        moved = levels.round_column(best, j) - rounded[:, :, j]
+        moved = levels.round_column(best, qparams) - rounded[:, :, j]
         rounded[:, :, j] += moved
         slope += moved[:, :, None] * goal.xx[:, None, j]
     return rounded
-
-
-def _inverse_factor(hessian: Tensor, added: Tensor, order: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse, rows and columns in order [G, K].
-
-    Each matrix is let go of as soon as the next is there: two [G, K, K] at most.
-    """
-    group = torch.arange(len(hessian), device=hessian.device)[:, None, None]
-    factor = hessian[group, order[:, :, None], order[:, None]]
-    factor.diagonal(dim1=1, dim2=2).add_(added.gather(1, order))
-    factor = torch.linalg.cholesky(factor)
-    factor = torch.cholesky_inverse(factor)
-    upper: Tensor = torch.linalg.cholesky(factor, upper=True)
-    return upper
 
 
 @hookimpl

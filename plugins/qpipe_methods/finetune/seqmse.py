@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qpipe import FinetuneStrategy, QParams, RecipeError, Samples, hookimpl
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
-from qpipe_methods.quadratic import Levels, Moments, moments, set_bias
+from qpipe_methods.quadratic import Goal, Levels, goal_of, set_bias
 from qpipe_methods.reconstruction import Layer
 
 
@@ -37,12 +37,12 @@ class SequentialMSE(LayerwiseStrategy):
 
     def improve(self, layer: Layer) -> None:
         """Set the qparams of least error, and the bias that goes with them."""
-        of, levels = moments(layer), Levels(layer)
-        search_ranges(layer, levels, of, torch.linspace(self.least, 1, self.steps).tolist())
-        set_bias(layer, levels, levels.round(levels.rows(layer.weight)), of)
+        goal, levels = goal_of(layer), Levels(layer)
+        search_ranges(layer, levels, goal, torch.linspace(self.least, 1, self.steps).tolist())
+        set_bias(layer, levels.round(goal.aim), goal)
 
 
-def search_ranges(layer: Layer, levels: Levels, of: Moments, ratios: list[float]) -> None:
+def search_ranges(layer: Layer, levels: Levels, goal: Goal, ratios: list[float]) -> None:
     """Set each block's qparams to the best among the present ones and ratios of its extremes.
 
     Raises:
@@ -52,32 +52,32 @@ def search_ranges(layer: Layer, levels: Levels, of: Moments, ratios: list[float]
     if not slot.quantizer.uses_range:
         raise RecipeError(f"quantizer '{slot.quantizer.name}' of '{layer.name}' has no range to search")
     stats = Samples(slot.granularity.to_blocks(layer.weight))
-    own = _own_hessian(levels, of)
-    best, least = fake_quant.qparams(), _block_errors(layer, levels, own)
+    block = levels.block
+    own = _own_hessian(block[:, 0], goal)
+    best, least = fake_quant.qparams(), _block_errors(layer, levels, own, block)
     for ratio in ratios:
         shrunk = stats.extremes().shrunk(torch.tensor([ratio]))
         qparams = slot.quantizer.fit(stats, shrunk, slot.spec)
         fake_quant.set_qparams(qparams)
-        error = _block_errors(layer, levels, own)
+        error = _block_errors(layer, levels, own, block)
         better = error < least
         least = torch.where(better, error, least)
         best = _chosen(better, qparams, best)
     fake_quant.set_qparams(best)
 
 
-def _own_hessian(levels: Levels, of: Moments) -> Tensor:
-    """Return xx [G, K, K] without what couples blocks of one output."""
-    block = levels.block[:, 0]
-    return torch.where(block[:, :, None] == block[:, None], of.xx, 0).float()
+def _own_hessian(block: Tensor, goal: Goal) -> Tensor:
+    """Return xx [G, K, K] without what couples the blocks [G, K] of one output."""
+    return torch.where(block[:, :, None] == block[:, None], goal.xx, 0).float()
 
 
-def _block_errors(layer: Layer, levels: Levels, own: Tensor) -> Tensor:
+def _block_errors(layer: Layer, levels: Levels, own: Tensor, block: Tensor) -> Tensor:
     """Return the output error each block of the weight makes, [B, 1]."""
     weight = levels.rows(layer.weight)
     change = (levels.round(weight) - weight).to(own)
     errors = ((change @ own) * change).flatten()
     total = torch.zeros(levels.num_blocks, dtype=own.dtype, device=own.device)
-    return total.index_add_(0, levels.block.flatten(), errors)[:, None]
+    return total.index_add_(0, block.flatten(), errors)[:, None]
 
 
 def _chosen(better: Tensor, new: QParams, old: QParams) -> QParams:

@@ -1,25 +1,31 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from qpipe_methods import quadratic
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy
 from qpipe_methods.finetune.adaround import AdaRound, Rounding, inverse_h, regularizer
 from qpipe_methods.finetune.autoround import AutoRound
 from qpipe_methods.finetune.bias_correction import BiasCorrection
-from qpipe_methods.finetune.gptq import GPTQ, compensated, descended
+from qpipe_methods.finetune.gptq import GPTQ, Compensation, descended
 from qpipe_methods.finetune.seqmse import SequentialMSE
-from qpipe_methods.quadratic import Levels, Moments, moments, no_worse
+from qpipe_methods.granularity.channel import PerChannel
+from qpipe_methods.granularity.layer import PerLayer
+from qpipe_methods.granularity.subchannel import PerSubchannel
+from qpipe_methods.quadratic import Goal, Levels, fall_back, goal_of, rows_of
 from qpipe_methods.reconstruction import Layer, parameter, reconstruct
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QParams, QpipeError, RecipeError, Shelf, Task
+from qpipe import Granularity, QParams, QpipeError, RecipeError, Shelf, Task
 from qpipe.cache import Store
 from qpipe.nn import disabled, weight_quantizers
 
@@ -66,6 +72,15 @@ def qpipe_data() -> object:
             return batches()
 
     return Data()
+
+
+def float_output(layer: Layer, x: Tensor) -> Tensor:
+    layer.fake_quant.enabled = False
+    try:
+        y: Tensor = layer.module(x)
+        return y
+    finally:
+        layer.fake_quant.enabled = True
 
 
 def single(values: Tensor, x: Tensor, **choices: object) -> tuple[Layer, Levels]:
@@ -142,37 +157,86 @@ class TestWalk:
             parameter(nn.Linear(2, 2, bias=False), "bias")
 
 
-class TestMoments:
+class TestGoal:
     @pytest.mark.parametrize("name", ["conv", "depthwise", "project", "fc"])
     def test_error_is_that_of_the_layer_with_the_best_bias(self, name: str) -> None:
         layer = next(la for la in walked(prepared()) if la.name == name)
-        levels = Levels(layer)
-        rounded = levels.round(levels.rows(layer.weight))
-        with torch.no_grad():
-            gaps = torch.cat(
-                [t - layer.module.forward(x) for x, t in zip(layer.inputs, layer.targets, strict=True)]
-            )
+        levels, goal = Levels(layer), goal_of(layer)
+        with torch.no_grad():  # the module shows the rounded weight
+            gaps = torch.cat([layer.module(x) - float_output(layer, x) for x in layer.inputs])
         gaps = gaps.transpose(0, 1).flatten(1) if gaps.dim() > 2 else gaps.T
-        assert torch.allclose(
-            moments(layer).error(rounded).flatten().float(), gaps.var(1, correction=0), rtol=1e-4
-        )
+        error = goal.error(levels.round(goal.aim))
+        assert torch.allclose(error.flatten().float(), gaps.var(1, correction=0), rtol=1e-4)
 
     def test_strided_padded_dilated_convolutions(self) -> None:
         conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2)
-        x = torch.randn(3, 4, 9, 9)
+        x = torch.randn(64, 4, 9, 9)
+        other = copy.deepcopy(conv)
+        nn.init.normal_(other.weight)
         with torch.no_grad():
-            y = conv(x)
-        layer = Layer("c", conv, None, [x], [y])  # type: ignore[arg-type]
-        rows = conv.weight.detach().reshape(2, 3, -1)
-        assert moments(layer).error(rows).abs().max() < 1e-6
+            y, gaps = conv(x), (other(x) - conv(x)).transpose(0, 1).flatten(1)
+        goal = goal_of(Layer("c", conv, None, [x], [y]))  # type: ignore[arg-type]
+        error = goal.error(rows_of(other, other.weight.detach()))
+        assert torch.allclose(error.flatten().float(), gaps.var(1, correction=0), rtol=1e-4)
 
-    def test_solution_is_least_squares(self) -> None:
+    def test_matching_the_float_outputs_aims_at_least_squares(self) -> None:
         torch.manual_seed(0)
-        x, y = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
-        zero = torch.zeros(1, dtype=torch.float64)
-        of = Moments((x.T @ x / 50)[None], (x.T @ y / 50)[None], y.square().mean(0)[None], zero, zero)
-        found = of.solution(torch.randn(1, 3, 6), 1e-12)[0]
-        assert torch.allclose(found, torch.linalg.lstsq(x, y).solution.T, atol=1e-6)
+        weight, x = torch.randn(3, 6), torch.randn(50, 6)
+        layer, _levels = single(weight, x)
+        layer.targets[0] = y = torch.randn(50, 3)  # type: ignore[index]
+        assert torch.equal(goal_of(layer).aim[0].float(), weight)
+        aim = goal_of(layer, "float", ridge=1e-7).aim[0].float()
+        assert torch.allclose(aim, torch.linalg.lstsq(x, y).solution.T, atol=1e-4)
+        held = goal_of(layer, "float", ridge=1e7).aim[0].float()
+        assert torch.allclose(held, weight, atol=1e-4)
+
+    @pytest.mark.parametrize("strategy", [GPTQ(), GPTQ(match="float"), AdaRound(iterations=60)])
+    def test_large_matrices_are_kept_in_single_precision(
+        self, strategy: LayerwiseStrategy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        errors = []
+        for precise, dtype in ((8 * 16**2, torch.float64), (8 * 16**2 - 1, torch.float32)):
+            monkeypatch.setattr(quadratic, "_PRECISE", precise)
+            torch.manual_seed(3)
+            layer, _levels = single(torch.randn(8, 16), torch.randn(64, 16) @ torch.randn(16, 16))
+            goal = goal_of(layer)
+            goal = replace(goal, aim=goal.aim.clone())
+            assert goal.xx.dtype == goal.aim.dtype == dtype
+            strategy.improve(layer)
+            errors.append(goal.error(rows_of(layer.module, layer.weight)).sum().item())
+        assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+class Reversed(PerSubchannel):
+    """Every other row from its end: blocks that form no grid."""
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        return super().to_blocks(torch.stack([row.flip(0) if i % 2 else row for i, row in enumerate(x)]))
+
+    def from_blocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        rows = super().from_blocks(blocks, shape)
+        return torch.stack([row.flip(0) if i % 2 else row for i, row in enumerate(rows)])
+
+
+class TestLevels:
+    @pytest.mark.parametrize(
+        "granularity", [PerSubchannel(8), PerSubchannel(7, pad=True), Reversed(8), PerChannel(), PerLayer()]
+    )
+    def test_a_column_has_the_parameters_of_the_blocks_its_elements_are_in(
+        self, granularity: Granularity
+    ) -> None:
+        torch.manual_seed(0)
+        layer, _ = single(torch.randn(4, 24), torch.randn(9, 24))
+        layer.fake_quant.slot = replace(layer.fake_quant.slot, granularity=granularity)
+        scale = torch.rand(len(granularity.to_blocks(layer.weight)), 1) + 0.1
+        layer.fake_quant.set_qparams(QParams(scale, torch.zeros_like(scale)))
+        levels, order = Levels(layer), torch.randperm(24)[None]
+        each = [*levels.columns(order)]
+        found = torch.stack([qparams.scale.flatten() for qparams in each], 1)
+        assert torch.equal(found, levels.per_element()[0][0][:, order[0]])
+        weight = layer.weight[:, order[0]].T
+        rounded = [levels.round_column(x[None], qparams) for x, qparams in zip(weight, each, strict=True)]
+        assert torch.equal(torch.stack(rounded, 2), levels.round(levels.rows(layer.weight))[:, :, order[0]])
 
 
 class TestGPTQ:
@@ -180,7 +244,7 @@ class TestGPTQ:
         layer, levels = single(torch.randn(4, 16), torch.randn(8, 16))
         weight = levels.rows(layer.weight).double()
         hessian = torch.diag(torch.rand(16).double() + 0.1)[None]
-        assert torch.equal(compensated(weight, hessian, levels), levels.round(weight))
+        assert torch.equal(Compensation(weight, hessian).rounded(levels), levels.round(weight))
 
     def test_full_shrinkage_is_round_to_nearest(self) -> None:
         torch.manual_seed(3)
@@ -193,12 +257,13 @@ class TestGPTQ:
         weight = torch.tensor([[0.30, 1.0]])
         layer, levels = single(weight, torch.randn(8, 2))  # 3 bits: scale 1/3
         hessian = torch.tensor([[[2.0, 0.9], [0.9, 1.0]]]).double()
-        found = compensated(levels.rows(layer.weight).double(), hessian, levels, act_order=True)
+        row = levels.rows(layer.weight).double()
+        found = Compensation(row, hessian, act_order=True).rounded(levels)
         moved = 1.0 + (0.30 - 1 / 3) * 0.9 / 1.0
         assert found[0, 0, 0].item() == pytest.approx(1 / 3)
         assert found[0, 0, 1].item() == pytest.approx(round(moved * 3) / 3)
         far = torch.tensor([[[2.0, 9.0], [9.0, 41.0]]]).double()  # act_order: the second column first
-        found = compensated(levels.rows(layer.weight).double(), far, levels, act_order=False)
+        found = Compensation(row, far, act_order=False).rounded(levels)
         assert found[0, 0, 1].item() == pytest.approx(
             max(-1, min(1, round((1 + (0.3 - 1 / 3) * 9 / 41) * 3) / 3))
         )
@@ -207,43 +272,62 @@ class TestGPTQ:
         torch.manual_seed(3)
         x = torch.randn(64, 24) @ torch.randn(24, 24)
         layer, levels = single(torch.randn(6, 24), x)
-        weight, hessian = levels.rows(layer.weight).double(), moments(layer).damped(0.01)
-        one = compensated(weight, hessian, levels, block_size=24)
-        assert torch.equal(one, compensated(weight, hessian, levels, block_size=5))
+        goal = goal_of(layer)
+        compensation = Compensation(goal.aim.double(), goal.xx.double(), 0.01)
+        assert torch.equal(compensation.rounded(levels, 24), compensation.rounded(levels, 5))
+
+    @pytest.mark.parametrize("act_order", [True, False])
+    def test_judges_by_the_hessian_it_was_given_though_that_is_overwritten(self, act_order: bool) -> None:
+        torch.manual_seed(3)
+        x = torch.randn(64, 150) @ torch.randn(150, 150)
+        x[:, 7] = 0  # an input never seen
+        layer, levels = single(torch.randn(200, 150), x)
+        goal = goal_of(layer)
+        compensation = Compensation(goal.aim, goal.xx.clone(), 0.01, act_order)
+        nearest = levels.round(goal.aim)
+        assert torch.allclose(compensation.error(nearest), goal.error(nearest), rtol=1e-3)
+
+    def test_names_what_to_raise_where_inputs_depend_on_each_other(self) -> None:
+        x = torch.randn(8, 1).expand(8, 16)
+        layer, _levels = single(torch.randn(4, 16), x)
+        with pytest.raises(RecipeError, match="damping"):
+            GPTQ(damping=0.0).improve(layer)
 
     @pytest.mark.parametrize("granularity", ["channel", "layer", {"name": "subchannel", "group_size": 8}])
     def test_beats_rounding_on_correlated_inputs(self, granularity: object) -> None:
         torch.manual_seed(3)
         x = torch.randn(200, 24) @ torch.randn(24, 24)
         layer, levels = single(torch.randn(6, 24), x, granularity=granularity)
-        weight, of = levels.rows(layer.weight).double(), moments(layer)
-        rounded = compensated(weight, of.damped(0.01), levels)
+        goal = goal_of(layer)
+        rounded = Compensation(goal.aim, goal.xx.clone(), 0.01).rounded(levels)
         assert torch.equal(levels.round(rounded), rounded)  # on the levels
-        nearest = of.error(levels.round(weight)).sum()
-        assert of.error(rounded).sum() < 0.7 * nearest
-        assert of.error(descended(rounded, of, levels)).sum() <= of.error(rounded).sum()
+        nearest = goal.error(levels.round(goal.aim)).sum()
+        assert goal.error(rounded).sum() < 0.7 * nearest
+        assert goal.error(descended(rounded, goal, levels)).sum() <= goal.error(rounded).sum()
 
     def test_descent_ends_where_no_single_change_helps(self) -> None:
         torch.manual_seed(5)
         layer, levels = single(
             torch.randn(2, 5), torch.randn(40, 5) @ torch.randn(5, 5), weight={"num_bits": 2}
         )
-        of, rounded = moments(layer), levels.round(levels.rows(layer.weight).double())
+        goal = goal_of(layer)
+        rounded = levels.round(goal.aim)
         for _ in range(10):
-            rounded = descended(rounded, of, levels)
+            rounded = descended(rounded, goal, levels)
         scale = layer.fake_quant.scale
         for row, column, step in itertools.product(range(2), range(5), (-1, 1)):
             other = rounded.clone()
-            moved = rounded[:, :, column] + step * scale.T
-            other[0, row, column] = levels.round_column(moved, column)[0, row]
-            assert of.error(other)[0, row] >= of.error(rounded)[0, row] - 1e-12
+            other[0, row, column] += step * scale[row, 0]
+            error = goal.error(levels.round(other))[0, row]
+            assert error >= goal.error(rounded)[0, row] * (1 - 1e-5)
 
     def test_takes_the_better_output(self) -> None:
-        x = torch.eye(2)
-        of = Moments(x[None], x[None], torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
         good, bad = torch.eye(2)[None], torch.zeros(1, 2, 2)
+        goal = Goal(good, torch.eye(2)[None], torch.zeros(1, 2), torch.zeros(1, 2))
         mixed = torch.stack([good[0, 0], bad[0, 1]])[None]
-        assert torch.equal(no_worse(mixed, good, of), good)
+        other = torch.stack([bad[0, 0], good[0, 1]])[None]
+        fall_back(mixed, other, goal.error)
+        assert torch.equal(mixed, good)
 
 
 class TestStrategies:
@@ -291,9 +375,9 @@ class TestStrategies:
         assert len(layers) == 4
         gained = 0
         for layer in layers:
-            levels, weight = Levels(layer), layer.weight.clone()
-            goal = moments(layer).aimed_at(levels.rows(weight))
-            nearest = goal.error(levels.round(levels.rows(weight))).sum()
+            levels, goal = Levels(layer), goal_of(layer)
+            goal = replace(goal, aim=goal.aim.clone())
+            nearest = goal.error(levels.round(goal.aim)).sum()
             strategy.improve(layer)
             error = goal.error(levels.rows(layer.module.weight.detach())).sum()
             assert error <= nearest * (1 + 1e-5)
@@ -484,18 +568,19 @@ class TestScales:
         weight, x = torch.randn(5, 24), torch.randn(300, 24) @ torch.randn(24, 24)
         ratios = torch.linspace(0.6, 1.1, 6).tolist()
         layer, levels = single(weight, x, granularity=granularity)
-        goal, start = moments(layer).aimed_at(levels.rows(weight)), layer.fake_quant.scale.clone()
+        goal, start = goal_of(layer), layer.fake_quant.scale.clone()
+        goal = replace(goal, aim=goal.aim.clone())
         errors = []
         for ratio in [1.0, *ratios]:  # by hand: each scale on its own
             layer.fake_quant.set_qparams(QParams(start * ratio, layer.fake_quant.zero_point))
-            rounded = compensated(levels.rows(weight).double(), goal.damped(0.01), levels)
+            rounded = Compensation(goal.aim, goal.xx.clone(), 0.01).rounded(levels)
             errors.append(goal.error(rounded)[0])
         table = torch.stack(errors)
         layer.fake_quant.set_qparams(QParams(start, layer.fake_quant.zero_point))
         GPTQ(scales=6).improve(layer)
         found = goal.error(levels.rows(layer.weight))[0]
         best = table.amin(0) if granularity == "channel" else table[table.sum(1).argmin()]
-        assert torch.allclose(found, best.float().double(), rtol=1e-3)
+        assert torch.allclose(found, best, rtol=1e-3)
         assert table[0].sum() > 1.1 * found.sum()
 
     def test_refuses_levels_that_are_not_even(self) -> None:
