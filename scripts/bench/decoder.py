@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq, match=float": {"finetune": [{"name": "gptq", "match": "float"}]},
     "awq, gptq, match=float": {"transform": ["awq"], "finetune": [{"name": "gptq", "match": "float"}]},
     "autoround": {"finetune": [{"name": "autoround", "iterations": 20}]},
+    "autoround, blocks": {"finetune": [{"name": "autoround", "unit": "block", "iterations": 20}]},
     "rotate": {"transform": ["rotate"]},
     "rotate, gptq": {"transform": ["rotate"], "finetune": ["gptq"]},
 }

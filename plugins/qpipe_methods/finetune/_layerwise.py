@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qpipe import FinetuneStrategy
+from qpipe import FinetuneStrategy, RecipeError
+from qpipe.nn import FakeQuant
 from qpipe_methods.reconstruction import Layer, reconstruct
 
 if TYPE_CHECKING:
@@ -51,4 +52,13 @@ class LayerwiseStrategy(FinetuneStrategy):
             memory_gb=self.memory_gb,
             title=self.name,
             shelf=recipe.shelf,
+        )
+
+
+def check_even(strategy: str, fake_quant: FakeQuant) -> None:
+    """Raise RecipeError where a weight's levels are not evenly spaced."""
+    slot = fake_quant.slot
+    if not slot.quantizer.is_affine(slot.spec):
+        raise RecipeError(
+            f"{strategy} needs even steps; quantizer '{slot.quantizer.name}' of '{fake_quant.name}' has none"
         )

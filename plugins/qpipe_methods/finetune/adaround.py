@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpipe import FinetuneStrategy, RecipeError, hookimpl
-from qpipe_methods.finetune._layerwise import LayerwiseStrategy
+from qpipe import FinetuneStrategy, hookimpl
+from qpipe_methods.finetune._layerwise import LayerwiseStrategy, check_even
 from qpipe_methods.quadratic import Levels, fall_back, goal_of, keep
 from qpipe_methods.reconstruction import Layer
 
@@ -60,11 +60,7 @@ class AdaRound(LayerwiseStrategy):
 
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its learned rounding."""
-        slot = layer.fake_quant.slot
-        if not slot.quantizer.is_affine(slot.spec):
-            raise RecipeError(
-                f"adaround rounds to even steps, quantizer '{slot.quantizer.name}' of '{layer.name}' has none"
-            )
+        check_even(self.name, layer.fake_quant)
         levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
         rounding = Rounding(goal.aim.float(), levels)
         nearest = levels.round(goal.aim)

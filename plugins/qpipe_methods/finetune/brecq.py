@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
+from qpipe import FinetuneStrategy, QParams, hookimpl
 from qpipe.nn import FakeQuant, QuantizedModule, QuantizedWeight, edge_quantizers, weight_quantizers
 from qpipe.recipe import Slot
 from qpipe.training import Learner
+from qpipe_methods.finetune._layerwise import check_even
 from qpipe_methods.finetune.adaround import inverse_h, rectified, regularizer
 from qpipe_methods.finetune.lsq import LearnedStep
 from qpipe_methods.reconstruction import Arguments, Unit, float_parameter, quantized_layers, sensitivity, walk
@@ -120,16 +122,13 @@ class BRECQ(FinetuneStrategy):
         )
 
     def _improve(self, model: nn.Module, unit: Unit, fisher: Sequence[Tensor] | None) -> None:
-        before = _error(unit, fisher)
-        if before == 0:
-            return
-        state = {key: value.clone() for key, value in unit.module.state_dict().items()}
-        with _seeded(), learning(model, unit.module, self.drop) as (roundings, steps):
-            self._learn(unit, fisher, before, roundings, steps)
-        after = _error(unit, fisher)
-        log.info("%s: the error of '%s' falls to %.3f", self.name, unit.name, after / before)
-        if after > before:
-            unit.module.load_state_dict(state)
+        def soft(weight: QuantizedWeight) -> SoftRounding:
+            return _soft(model, weight)
+
+        with kept_if_better(self.name, unit, fisher) as before:
+            if before > 0:
+                with _seeded(), learning(model, unit.module, soft, self.drop) as (roundings, steps):
+                    self._learn(unit, fisher, before, roundings, steps)
 
     def _learn(
         self,
@@ -173,6 +172,18 @@ class BRECQ(FinetuneStrategy):
 
 
 @contextmanager
+def kept_if_better(name: str, unit: Unit, fisher: Sequence[Tensor] | None = None) -> Iterator[float]:
+    """Give the error of a unit's output on all samples, and undo what is done to the unit where it grows."""
+    before = _error(unit, fisher)
+    state = {key: value.clone() for key, value in unit.module.state_dict().items()}
+    yield before
+    after = _error(unit, fisher)
+    log.info("%s: the error of '%s' falls to %.3f", name, unit.name, after / before if before else 1)
+    if after > before:
+        unit.module.load_state_dict(state)
+
+
+@contextmanager
 def _seeded() -> Iterator[None]:
     """Draw the same for a unit whatever was drawn before it, so that a resumed run is the same run."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -205,14 +216,25 @@ def _class(module: nn.Module) -> type[nn.Module]:
     return module._qpipe_base if isinstance(module, QuantizedModule) else type(module)
 
 
+class LearnedRounding(Learner):
+    """A weight whose rounding is learned."""
+
+    @abstractmethod
+    def rounded(self, shape: torch.Size) -> Tensor:
+        """Return the weight on its codes, in a shape."""
+
+
+R = TypeVar("R", bound=LearnedRounding)
+
+
 @contextmanager
 def learning(
-    model: nn.Module, module: nn.Module, drop: float
-) -> Iterator[tuple[list[SoftRounding], list[DroppedStep]]]:
+    model: nn.Module, module: nn.Module, rounding: Callable[[QuantizedWeight], R], drop: float = 0.0
+) -> Iterator[tuple[list[R], list[DroppedStep]]]:
     """Put learners into a module's quantizers; at the end their roundings, scales and steps stay behind."""
     layers = quantized_layers(model)
     chosen = [w for w in weight_quantizers(module) if w.module in layers and w.parameter_name == "weight"]
-    roundings = [_soft(model, weight) for weight in chosen]
+    roundings = [rounding(weight) for weight in chosen]
     edges = [e for e in edge_quantizers(module) if _learns(e)]
     steps = [DroppedStep(edge.slot, edge.qparams(), drop) for edge in edges]
     placed: list[tuple[FakeQuant, Learner]] = [
@@ -228,8 +250,8 @@ def learning(
         try:
             yield roundings, steps
         finally:
-            for weight, rounding in zip(chosen, roundings, strict=True):
-                weight.write(rounding.rounded(weight.blocks_input().shape))
+            for weight, learner in zip(chosen, roundings, strict=True):
+                weight.write(learner.rounded(weight.blocks_input().shape))
             for fake_quant, learner in placed:
                 fake_quant.set_qparams(learner.qparams())
                 fake_quant.learner = None
@@ -243,16 +265,13 @@ def _learns(edge: FakeQuant) -> bool:
 
 def _soft(model: nn.Module, weight: QuantizedWeight) -> SoftRounding:
     slot = weight.fake_quant.slot
-    if not slot.quantizer.is_affine(slot.spec):
-        raise RecipeError(
-            f"brecq rounds to even steps, quantizer '{slot.quantizer.name}' of '{weight.name}' has none"
-        )
+    check_even("brecq", weight.fake_quant)
     blocks = slot.granularity.to_blocks(weight.blocks_input())
     floats = slot.granularity.to_blocks(float_parameter(model, weight.module, "weight"))
     return SoftRounding(slot, weight.fake_quant.qparams(), blocks, floats)
 
 
-class SoftRounding(Learner):
+class SoftRounding(LearnedRounding):
     """A weight between two neighbouring codes: scale * clip(base + h(v)), AdaRound's eq. 22.
 
     Args:
@@ -326,7 +345,7 @@ def _error(unit: Unit, fisher: Sequence[Tensor] | None) -> float:
     return sum(errors) / len(errors)
 
 
-def batch_error(unit: Unit, b: int, fisher: Sequence[Tensor] | None, drop: float) -> Tensor:
+def batch_error(unit: Unit, b: int, fisher: Sequence[Tensor] | None = None, drop: float = 0.0) -> Tensor:
     """Return the squared error of a unit's output on one batch, per sample, weighed by fisher."""
     args, kwargs = _mixed_calls(unit.calls[b], unit.float_calls[b], drop)
     output, target = _tensor(unit.module(*args, **kwargs)), _tensor(unit.targets[b])
