@@ -125,10 +125,11 @@ class BRECQ(FinetuneStrategy):
         def soft(weight: QuantizedWeight) -> SoftRounding:
             return _soft(model, weight)
 
-        with kept_if_better(self.name, unit, fisher) as before:
-            if before > 0:
-                with _seeded(), learning(model, unit.module, soft, self.drop) as (roundings, steps):
-                    self._learn(unit, fisher, before, roundings, steps)
+        def learn(before: float) -> None:
+            with _seeded(), learning(model, unit.module, soft, self.drop) as (roundings, steps):
+                self._learn(unit, fisher, before, roundings, steps)
+
+        keep_if_better(self.name, unit, learn, fisher)
 
     def _learn(
         self,
@@ -171,14 +172,21 @@ class BRECQ(FinetuneStrategy):
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, *falling])
 
 
-@contextmanager
-def kept_if_better(name: str, unit: Unit, fisher: Sequence[Tensor] | None = None) -> Iterator[float]:
-    """Give the error of a unit's output on all samples, and undo what is done to the unit where it grows."""
+def keep_if_better(
+    name: str, unit: Unit, learn: Callable[[float], None], fisher: Sequence[Tensor] | None = None
+) -> None:
+    """Let a unit learn where its output errs, and undo it where the error on all samples grows.
+
+    Args:
+        learn: changes the unit; takes its error before.
+    """
     before = _error(unit, fisher)
+    if before == 0:
+        return
     state = {key: value.clone() for key, value in unit.module.state_dict().items()}
-    yield before
+    learn(before)
     after = _error(unit, fisher)
-    log.info("%s: the error of '%s' falls to %.3f", name, unit.name, after / before if before else 1)
+    log.info("%s: the error of '%s' falls to %.3f", name, unit.name, after / before)
     if after > before:
         unit.module.load_state_dict(state)
 
