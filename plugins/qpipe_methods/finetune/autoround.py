@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,8 @@ class AutoRound(LayerwiseStrategy):
     """Learn what is added to each weight before it is rounded, and how far each range shrinks.
 
     A layer's error is taken over all samples, from second moments, and its best step is kept; a block's over
-    one batch a step, and its last step is kept where it errs less than rounding to nearest on all samples.
+    one batch a step, each once before one comes again, and its last step is kept where it errs less than
+    rounding to nearest on all samples.
 
     Args:
         unit: 'layer'; 'block', as published: the outermost modules whose class occurs more than once, other
@@ -96,11 +98,9 @@ class AutoRound(LayerwiseStrategy):
 
     def _improve_block(self, model: nn.Module, unit: Unit) -> None:
         def learn(_: float) -> None:
-            draw = torch.Generator().manual_seed(0)
             with learning(model, unit.module, self._offset) as (offsets, _steps):
                 learned = [p for offset in offsets for p in offset.parameters() if p.requires_grad]
-                for i in range(self.iterations):
-                    b = int(torch.randint(len(unit.calls), (), generator=draw))
+                for i, b in enumerate(_shuffled(len(unit.calls), self.iterations)):
                     with torch.enable_grad():
                         grads = torch.autograd.grad(batch_error(unit, b), learned)
                     for parameter, grad in zip(learned, grads, strict=True):
@@ -169,7 +169,7 @@ class Offset(LearnedRounding):
 
     def __init__(self, slot: Slot, start: QParams, weight: Tensor, ranges: bool) -> None:
         super().__init__(slot)
-        self.start, self.weight, self.ends = start, weight, _ends(slot, start)
+        self.start, self.weight, self.ends = start, weight, _unrounded(slot, start, weight)
         self.offset = nn.Parameter(torch.zeros_like(weight))
         self.shrink = nn.Parameter(torch.ones(2, *start.scale.shape).to(weight), requires_grad=ranges)
 
@@ -209,6 +209,27 @@ class Offset(LearnedRounding):
 def _ends(slot: Slot, start: QParams) -> Range:
     low, high = (code - start.zero_point for code in (slot.spec.quant_min, slot.spec.quant_max))
     return Range(low * start.scale, high * start.scale)
+
+
+def _unrounded(slot: Slot, start: QParams, weight: Tensor) -> Range:
+    """Return the ends before the zero point was rounded: the weight's own, less than half a step away.
+
+    A range that was clipped lies farther from them; it keeps the ends of its codes.
+    """
+    ends = _ends(slot, start)
+    if slot.spec.symmetric:
+        return ends
+    least = weight.amin(1, keepdim=True).clamp(max=0)
+    low = torch.where((least - ends.low).abs() < start.scale / 2, least, ends.low)
+    return Range(low, low + (ends.high - ends.low))
+
+
+def _shuffled(count: int, steps: int) -> Iterator[int]:
+    """Yield as many indices as steps, each of count once, in random order, before one comes again."""
+    draw = torch.Generator().manual_seed(0)
+    while steps > 0:
+        yield from torch.randperm(count, generator=draw)[:steps].tolist()
+        steps -= count
 
 
 def _rounded(weight: Tensor, offset: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:

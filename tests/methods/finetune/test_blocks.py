@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningDataModule
+from qpipe_methods.finetune import autoround
 from qpipe_methods.finetune.autoround import AutoRound, Offset
+from qpipe_methods.finetune.brecq import batch_error
+from qpipe_methods.reconstruction import Unit
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import RecipeError, Shelf, Task
+from qpipe import QParams, RecipeError, Shelf, Task
 
 PLAIN: dict[str, Any] = {"activation": None, "target": "generic", "evaluator": [], "transform": []}
 
@@ -101,6 +104,40 @@ def test_the_ends_of_the_codes_move_with_the_range() -> None:
         (slope,) = torch.autograd.grad(value, offset.shrink, retain_graph=True)
         expected = torch.stack([ends[j] if i == j else torch.zeros_like(ends[j]) for j in range(2)])
         torch.testing.assert_close(slope, expected, atol=0.01, rtol=0)  # a zero point is rounded: half a code
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_range_starts_at_the_ends_of_the_weights_and_a_clipped_one_where_it_was(clipped: bool) -> None:
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(12, 6)), inputs(1)
+    model = quantized(net, data, symmetric=False, signed=False, restricted=False)
+    quantizer: Any = model[0].weight_quantizer  # type: ignore[index]
+    start, weight = quantizer.qparams(), net[0].weight.detach()
+    if clipped:
+        start = QParams(start.scale / 3, (start.zero_point / 3).round())
+    offset = Offset(quantizer.slot, start, weight, ranges=True)
+    learned = offset.qparams()
+    torch.testing.assert_close(learned.scale, start.scale)
+    torch.testing.assert_close(learned.zero_point, start.zero_point)
+    own = (offset.ends.low - weight.amin(1, keepdim=True)).abs() < 1e-6
+    assert not own.any() if clipped else own.all()
+    if not clipped:
+        torch.testing.assert_close(offset.ends.high, weight.amax(1, keepdim=True))
+
+
+def test_every_batch_is_seen_before_one_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def noting(unit: Unit, b: int) -> Tensor:
+        seen.append(b)
+        return batch_error(unit, b)
+
+    monkeypatch.setattr(autoround, "batch_error", noting)
+    net, data = nn.Sequential(nn.Linear(12, 6)), inputs(4)
+    fit(AutoRound("block", iterations=10), quantized(net, data), data)
+    assert sorted(seen[:4]) == sorted(seen[4:8]) == [0, 1, 2, 3]
+    assert seen[:4] != seen[4:8]
+    assert len(seen) == 10
 
 
 def test_steps_that_only_harm_are_undone() -> None:
