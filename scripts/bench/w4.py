@@ -37,6 +37,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4_ptq": {},
     "w4_ptq, other crops": {"crops": 2},
     "w4_ptq, other crops again": {"crops": 3},
+    "every second photo": {"photos": 2},
+    "every fourth photo": {"photos": 4},
+    "every eighth photo": {"photos": 8},
     "ridge 0.1": {"ridge": 0.1},
     "ridge 10": {"ridge": 10.0},
     "shrinkage 0": {"shrinkage": 0.0},
@@ -74,7 +77,8 @@ def main() -> None:
     print(f"{'':28s} photos seen      ten others         in common")
     for name in rows:
         choices = dict(ROWS[name])
-        calibration = crops(seen, 256, choices.pop("crops", 0))
+        photos = seen[:: choices.pop("photos", 1)]
+        calibration = crops(photos, 256, choices.pop("crops", 0))
         start = time.process_time()
         quantized, _ = quantize(
             model,
@@ -87,7 +91,7 @@ def main() -> None:
             evaluator=[],
         )
         spent = time.process_time() - start
-        near = figures(quantized, model, calibration[: 2 * len(seen)], len(seen))
+        near = figures(quantized, model, calibration[:56], len(photos))
         far = figures(quantized, model, judged, len(others))
         print(
             f"{name:28s} {near[0]:5.2f} dB {near[1]:.3f}   {far[0]:5.2f} dB {far[1]:.3f}   {far[2]:.2f}"
