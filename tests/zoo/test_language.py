@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import onnx
@@ -30,6 +31,23 @@ def test_a_folder_is_the_model_it_holds(tiny_llama: Path) -> None:
     assert [*output] == ["logits"]  # no cache
     assert not model.training
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_that_would_be_made_up_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(file)
+    norm = weights["model.norm.weight"]
+    save_file({**weights, "model.norm.weight": norm[:-1].clone()}, file, {"format": "pt"})
+    sizes = rf"\[{len(norm) - 1}\] in the files and \[{len(norm)}\] by config.json"
+    with pytest.raises(RecipeError, match=rf"'model\.norm\.weight' is {sizes}"):
+        hf(str(tmp_path))
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(RecipeError, match=f"lacks 1 of the weights of LlamaForCausalLM, '{name}' first"):
+        hf(str(tmp_path))
 
 
 def test_an_encoder_is_read_as_what_its_configuration_names(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def hf(path: str, trust_remote_code: bool = False) -> nn.Module:
         trust_remote_code: run the model's own Python files, where its configuration names some.
 
     Raises:
-        RecipeError: there is no such model, or transformers does not know its architecture.
+        RecipeError: there is no such model, weights of it are missing or of another shape, or
+            transformers does not know its architecture.
         PluginError: a package of the extra 'llm' is missing.
     """
     where = read_where(path, "model.path")
@@ -33,11 +35,17 @@ def hf(path: str, trust_remote_code: bool = False) -> nn.Module:
         kind = _class(transformers, Path(path).expanduser() / "config.json", trust_remote_code)
     try:
         with quietly(transformers):
-            model = kind.from_pretrained(
-                **where, local_files_only=True, trust_remote_code=trust_remote_code, dtype="float32"
+            model, loading = kind.from_pretrained(
+                **where,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                dtype="float32",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise RecipeError(f"model.path={path} cannot be read as a model: {_first_line(error)}") from None
+    _check_loaded(path, type(model).__name__, loading)
     model.config.use_cache = False  # the outputs that are compared are logits, not a cache
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
@@ -95,6 +103,20 @@ def _class(transformers: Any, file: Path, trusted: bool) -> Any:  # noqa: ANN401
         f"transformers {transformers.__version__} has no architecture '{names[0]}', which {file} names; "
         "install a release that has it"
     )
+
+
+def _check_loaded(path: str, architecture: str, loading: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers made weights up."""
+    if absent := sorted(loading["missing_keys"]):
+        raise RecipeError(
+            f"model.path={path} lacks {len(absent)} of the weights of {architecture}, '{absent[0]}' first; "
+            "copy its files again, or name the architecture that was saved in config.json"
+        )
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise RecipeError(
+            f"model.path={path}: '{name}' is {[*found]} in the files and {[*expected]} by config.json; "
+            "give the config.json that was saved with them"
+        )
 
 
 def _first_line(error: Exception) -> str:
