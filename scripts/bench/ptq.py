@@ -29,6 +29,8 @@ from qpipe import Task, quantize
 
 GPTQ = {"name": "gptq", "match": "float"}
 SHRUNK = {"name": "gptq", "shrinkage": 0.2}
+ANALYTIC = {"name": "bias_correction", "source": "batch_norm"}
+CLIPPED = {"calibrator": "percentile"}
 EQUALIZE = ["fold_bn", "equalize"]
 RANGES = ["fold_bn", {"name": "equalize", "objective": "ranges", "steps": 20}]
 ENDS = [{"match": name, "weight": {"num_bits": 8}} for name in ("stem*", "fc*")]
@@ -44,6 +46,11 @@ PHOTOS: dict[str, dict[str, Any]] = {
     "w8 channel, gptq": {"finetune": [SHRUNK]},
     "w8 channel, gptq, synthetic": {"finetune": [SHRUNK], "data": "synthetic"},
     "w8 channel, gptq, noise": {"finetune": [SHRUNK], "data": "noise"},
+    "w8 channel, percentile": CLIPPED,
+    "w8 channel, percentile, synthetic": {**CLIPPED, "data": "synthetic"},
+    "w8 channel, percentile, noise": {**CLIPPED, "data": "noise"},
+    "w8 channel, percentile, analytic, synthetic": {**CLIPPED, "finetune": [ANALYTIC], "data": "synthetic"},
+    "w8 channel, percentile, analytic, noise": {**CLIPPED, "finetune": [ANALYTIC], "data": "noise"},
     "w8 tensor, round": {"granularity": "layer"},
     "w8 tensor, equalize ranges, bias_correction": {
         "granularity": "layer",
@@ -53,7 +60,7 @@ PHOTOS: dict[str, dict[str, Any]] = {
     "w8 tensor, equalize ranges, analytic bias_correction": {
         "granularity": "layer",
         "transform": RANGES,
-        "finetune": [{"name": "bias_correction", "source": "batch_norm"}],
+        "finetune": [ANALYTIC],
     },
     "w8 tensor, equalize, gptq": {"granularity": "layer", "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, round": W4,

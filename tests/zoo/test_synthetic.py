@@ -20,7 +20,22 @@ def test_loss_is_zero_where_the_statistics_are_the_batchs_own() -> None:
     assert statistics_loss(model, x).item() == pytest.approx(0, abs=1e-8)
     model[1].running_mean[1] += 0.3
     model[1].running_var[2] = ((var[2] + 1e-5).sqrt() + 0.4) ** 2 - 1e-5
-    assert statistics_loss(model, x).item() == pytest.approx(0.3**2 + 0.4**2, rel=1e-4)
+    means = (0.3**2 / (var[1] + 1e-5)).item()
+    stds = (0.4**2 / ((var[2] + 1e-5).sqrt() + 0.4) ** 2).item()
+    assert statistics_loss(model, x).item() == pytest.approx((means + stds) / 4, rel=1e-4)
+
+
+def test_loss_does_not_know_the_scale_of_a_layer() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.0)).eval()
+    loss = statistics_loss(model, x).item()
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.mul_(100)
+        model[1].running_mean.mul_(100)
+        model[1].running_var.mul_(100**2)
+    assert statistics_loss(model, x).item() == pytest.approx(loss, rel=1e-4)
 
 
 def test_distilled_samples_leave_noise_far_behind() -> None:

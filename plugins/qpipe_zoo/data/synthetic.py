@@ -20,18 +20,20 @@ log = logging.getLogger("qpipe")
 
 
 def statistics_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the sum of (mean - running mean)^2 + (std - running std)^2 over batch norms and channels.
+    """Return how far x's statistics are from the running ones, in their stds, summed over batch norms.
 
-    Source: Cai et al. (ZeroQ), 2020, arXiv 2001.00281, eq. 2.
+    Equation: mean over channels of ((mean - running mean)^2 + (std - running std)^2) / running std^2
+    Source: Cai et al. (ZeroQ), 2020, arXiv 2001.00281, eq. 2, without the division: there the layers of the
+        largest outputs decide.
     """
     with _normalized(model) as seen:
         model(x)
     losses = []
     for norm, inputs in seen:
         var, mean = torch.var_mean(inputs.transpose(0, 1).flatten(1), 1, correction=0)
-        running_mean, running_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-        stds = (var + norm.eps).sqrt() - (running_var + norm.eps).sqrt()
-        losses.append((mean - running_mean).square().sum() + stds.square().sum())
+        running_mean, running_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var") + norm.eps
+        stds = (var + norm.eps).sqrt() - running_var.sqrt()
+        losses.append((((mean - running_mean).square() + stds.square()) / running_var).mean())
     return torch.stack(losses).sum()
 
 
