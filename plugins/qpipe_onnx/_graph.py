@@ -21,6 +21,7 @@ from qpipe_onnx._nodes import (
 
 _BIAS_CODES = 2**30  # half of int32, the other half is left to the sum
 _CLIPS = ("Clip", "Max", "Min", "Relu")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _PASSTHROUGH = (
     "Flatten",
@@ -72,6 +73,8 @@ def fuse(model: ir.Model) -> None:
         elif node.op_type in ("Conv", "Gemm"):
             _quantize_bias(model.graph, node)
     _dynamic.lower(model.graph)
+    for node in [*model.graph]:
+        _keep_float(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -265,6 +268,44 @@ def _dequantized_bias(graph: ir.Graph, node: ir.Node, codes: Array, scale: Array
     )
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
+
+
+def float_weight(node: ir.Node) -> ir.TensorProtocol | None:
+    """Return the stored weight that a layer multiplies by in floating point, None where it has none."""
+    value = node.inputs[1] if node.op_type in _PRODUCTS else None
+    stored = value.const_value if value is not None else None
+    return stored if stored is not None and stored.dtype == ir.DataType.FLOAT else None
+
+
+def _keep_float(graph: ir.Graph, node: ir.Node) -> None:
+    """Dequantize the input of a layer in floating point with its one scale repeated, once a channel.
+
+    Between a DequantizeLinear of one scale and a QuantizeLinear ONNX Runtime rounds float weights to int8 of
+    its own (WeightBiasQuantization).
+    """
+    weight, x = float_weight(node), dequantizer(node.inputs[0])
+    if weight is None or x is None or x.scale.size != 1:
+        return
+    axis, size = _repeatable(node, weight)
+    stem = name_of(x.node.inputs[0])
+    parts = {f"{stem}.scale.{size}": x.scale, f"{stem}.zero_point.{size}": x.zero_point}
+    repeated = [initializer(graph, name, np.repeat(part, size)) for name, part in parts.items()]
+    behind = ir.node("DequantizeLinear", [x.node.inputs[0], *repeated], {"axis": axis})
+    graph.insert_before(node, behind)
+    node.replace_input_with(0, behind.outputs[0])
+
+
+def _repeatable(node: ir.Node, weight: ir.TensorProtocol) -> tuple[int, int]:
+    """Return an axis of a layer's input and its size: the channels, of one channel a longer axis if known."""
+    shape = weight.numpy().shape
+    if node.op_type == "MatMul":
+        return -1, shape[-2]
+    if node.op_type == "Gemm":
+        return 1 - attribute(node, "transA", 0), shape[attribute(node, "transB", 0)]
+    channels = shape[0] if node.op_type == "ConvTranspose" else shape[1] * attribute(node, "group", 1)
+    dims = [*(node.inputs[0].shape or ())] if node.inputs[0] is not None else []
+    known = [(axis, dim) for axis, dim in enumerate(dims) if axis > 1 and isinstance(dim, int) and dim > 1]
+    return (1, channels) if channels > 1 or not known else known[0]
 
 
 def _set_scale(graph: ir.Graph, weight: Dequantizer, scale: Array) -> None:

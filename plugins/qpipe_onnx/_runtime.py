@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qpipe import DataError
+from qpipe import DataError, ProofError
 from qpipe.calls import described, filled, given, needed, rebuilt
 
 CALL = "qpipe.call"
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 ROUNDED = 4  # what ONNX Runtime does unasked: activations rounded to int8, a block at a time
+DERIVED = re.compile(r"_nchwc|_token_\d+|/")  # what ONNX Runtime puts behind the name of what it rewrites
+_ON_CODES = re.compile(r"Q(?!uantize)|(?:Conv|MatMul)Integer|DynamicQuantize")  # products of integers
 FLOAT = 1  # of accuracy_level: products of weights alone in float32, as the simulation has them
 
 
@@ -117,11 +120,30 @@ def session(
 
 
 def executed_nodes(path: Path) -> dict[str, int]:
-    """Return the operations ONNX Runtime executes after its own fusions, and how many of each."""
+    """Return the operations ONNX Runtime executes after its own fusions, and how many of each.
+
+    Raises:
+        ProofError: weights that are stored in floating point are rounded.
+    """
     import onnx
+    import onnx_ir as ir
+
+    from qpipe_onnx._graph import float_weight
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session(path, optimized=optimized)
-        graph = onnx.load(optimized, load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+        executed = onnx.load(optimized, load_external_data=False).graph.node
+    weights = {
+        node.name: weight for node in ir.load(path).graph if (weight := float_weight(node)) is not None
+    }
+    dequantized = {node.output[0] for node in executed if node.op_type == "DequantizeLinear"}
+    for node in executed:
+        weight = weights.get(DERIVED.split(node.name)[0])
+        if weight is not None and (_ON_CODES.match(node.op_type) or node.input[1] in dequantized):
+            raise ProofError(
+                f"ONNX Runtime computes '{str(weight.name).removesuffix('.weight')}' with weights it rounds "
+                f"itself ({node.op_type}), though they are to be in floating point; quantize them "
+                "too, or leave its output in floating point (layers=[…])"
+            )
+    return dict(Counter(node.op_type for node in executed).most_common())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -17,11 +16,10 @@ from qpipe import Operation
 from qpipe.cache import digest
 from qpipe.calls import Call, tensors
 from qpipe_onnx._nodes import name_of
-from qpipe_onnx._runtime import session
+from qpipe_onnx._runtime import DERIVED, session
 from qpipe_onnx._weights import weight_of
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a traced node: the modules it is called in, then its own name
-_DERIVED = re.compile(r"_nchwc|_token_\d+|/")  # what ONNX Runtime puts behind the name of what it rewrites
 _TIMED = "_kernel_time"
 _ROUNDS, _SECONDS = 30, 4.0  # rounds at most; but three, however long they take
 
@@ -106,7 +104,7 @@ def _nodes(optimized: Path, owners: Mapping[str, str]) -> dict[str, tuple[str, A
     found: dict[str, tuple[str, Any]] = {}
     layers: dict[str, str] = {}
     for node in graph.node:
-        layer = owners.get(_DERIVED.split(node.name)[0]) or next(
+        layer = owners.get(DERIVED.split(node.name)[0]) or next(
             (layers[name] for name in node.input if name in layers), ""
         )
         layers |= dict.fromkeys(node.output, layer)
