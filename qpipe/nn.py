@@ -78,12 +78,17 @@ class FakeQuant(nn.Module):
     def qparams(self) -> QParams:
         """Return the fitted parameters."""
         names = [n for n in (*self._buffers, *self._parameters) if n.startswith(_EXTRA)]
-        return QParams(self.scale, self.zero_point, {n.removeprefix(_EXTRA): getattr(self, n) for n in names})
+        zero_point = self.zero_point.expand_as(self.scale)
+        return QParams(self.scale, zero_point, {n.removeprefix(_EXTRA): getattr(self, n) for n in names})
 
     def set_qparams(self, qparams: QParams) -> None:
-        """Keep fitted parameters as buffers, so that they are saved and move with the model."""
+        """Keep fitted parameters as buffers, so that they are saved and move with the model.
+
+        The zero points of a symmetric quantizer are all 0; one is kept.
+        """
+        zero_point = qparams.zero_point[:1] if self.slot.spec.symmetric else qparams.zero_point
         self.register_buffer("scale", qparams.scale.detach().clone())
-        self.register_buffer("zero_point", qparams.zero_point.detach().clone())
+        self.register_buffer("zero_point", zero_point.detach().clone())
         for name, value in qparams.extra.items():
             self.register_buffer(_EXTRA + name, value.detach().clone())
 

@@ -233,7 +233,7 @@ def _take_floats(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     floats = {key: value for key, value in tensors.items() if not key.endswith(CODES)}
     absent, unknown = model.load_state_dict(floats, strict=False)
     for fake_quant in (m for m in model.modules() if isinstance(m, FakeQuant) and m.slot.spec.symmetric):
-        fake_quant.zero_point = torch.zeros_like(fake_quant.scale)
+        fake_quant.zero_point = fake_quant.scale.new_zeros(1, 1)
     state = model.state_dict(keep_vars=True)
     given = {id(state[key]) for key in floats if key in state} | {
         id(w.parameter) for w in weight_quantizers(model)

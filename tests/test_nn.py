@@ -154,6 +154,14 @@ class TestSwappedModule:
             assert all(torch.equal(result, expected) for result in pool.map(model, [batch] * 16))
 
 
+def test_a_symmetric_quantizer_keeps_one_zero_point(quantized: Quantized, batch: Tensor) -> None:
+    fake_quant = weight_quantizers(quantized(Net(), batch))[0].fake_quant
+    assert fake_quant.slot.spec.symmetric
+    assert fake_quant.scale.numel() > 1
+    assert fake_quant.zero_point.shape == (1, 1)
+    assert torch.equal(fake_quant.qparams().zero_point, torch.zeros_like(fake_quant.scale))
+
+
 class TestCalls:
     def test_a_block_run_alone_sees_its_addition(self, quantized: Quantized, batch: Tensor) -> None:
         model = quantized(Net(), batch)

@@ -26,7 +26,7 @@ class Goal:
     With a bias the moments are taken about the means, which the bias takes up.
 
     Args:
-        aim: [G, O, K], the real weight to round.
+        aim: [G, O, K], the real weight to round; the layer's own is not copied.
         xx: [G, K, K], mean of x x' over the layer's inputs x; the Hessian of half the squared error.
         mean_x: [G, K], mean of the inputs, zero without a bias.
         mean_y: [G, O], mean of the outputs the layer should give, zero without a bias.
@@ -39,7 +39,7 @@ class Goal:
 
     def error(self, weight: Tensor) -> Tensor:
         """Return the mean squared distance from the outputs of aim for each output of weight, [G, O]."""
-        change = weight - self.aim
+        change = weight.to(self.xx) - self.aim
         return ((change @ self.xx) * change).sum(2)
 
     def in_float32(self) -> Goal:
@@ -50,7 +50,7 @@ class Goal:
 def goal_of(layer: Layer, match: str = "layer", ridge: float = 0.0) -> Goal:
     """Sum up what reaches a layer, and say which real weight to round.
 
-    In float64, where xx takes at most 16 MiB then; else in float32.
+    Moments are in float64, where xx takes at most 16 MiB then; else in float32.
 
     Args:
         match: 'layer' takes the float weight; 'float' the weight that best gives the float model's outputs.
@@ -59,11 +59,11 @@ def goal_of(layer: Layer, match: str = "layer", ridge: float = 0.0) -> Goal:
     Raises:
         QpipeError: nothing reached the layer.
     """
-    weight = rows_of(layer.module, layer.weight)
+    weight = rows_of(layer.module, layer.weight).float()
     groups, outputs, inputs = weight.shape
-    weight = weight.double() if 8 * groups * inputs**2 <= _PRECISE else weight.float()
-    xx = weight.new_zeros(groups, inputs, inputs)
-    xy = weight.new_zeros(groups, inputs, outputs) if match == "float" else None
+    dtype = torch.float64 if 8 * groups * inputs**2 <= _PRECISE else torch.float32
+    xx = weight.new_zeros(groups, inputs, inputs, dtype=dtype)
+    xy = weight.new_zeros(groups, inputs, outputs, dtype=dtype) if match == "float" else None
     sum_x, sum_y = (weight.new_zeros(groups, n, dtype=torch.float64) for n in (inputs, outputs))
     count = 0
     for x, y in _rows(layer):
@@ -80,7 +80,7 @@ def goal_of(layer: Layer, match: str = "layer", ridge: float = 0.0) -> Goal:
     if xy is None:
         return Goal(weight, xx, mean_x, mean_y)
     _mean(xy, count, mean_x, mean_y)
-    return Goal(solution(xx, xy, weight, ridge), xx, mean_x, mean_y)
+    return Goal(solution(xx, xy, weight.to(xx), ridge), xx, mean_x, mean_y)
 
 
 def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
@@ -227,9 +227,9 @@ class Levels:
         return rows.reshape(self.shape)
 
     def round(self, x: Tensor) -> Tensor:
-        """Return the level nearest to each element of x [G, O, K]."""
+        """Return the level nearest to each element of x [G, O, K], in float32."""
         rounded = on_blocks(self.fake_quant.slot, self.weight(x).float(), self.fake_quant.qparams())
-        return self.rows(rounded).to(x)
+        return self.rows(rounded)
 
     def columns(self, index: Tensor) -> Iterator[QParams]:
         """Yield the parameters of columns, one of each group at a time: [G * O, 1] each.

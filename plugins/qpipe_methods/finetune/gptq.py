@@ -115,19 +115,19 @@ class Compensation:
         """Return the mean squared distance from the outputs of aim for each output of weight, [G, O]."""
         found = []
         for part, aim in zip(torch.split(weight, _ROWS, 1), torch.split(self.aim, _ROWS, 1), strict=True):
-            change = (part - aim).gather(2, self.order[:, None].expand_as(part))
+            change = (part.to(self.factor) - aim).gather(2, self.order[:, None].expand_as(part))
             whitened = torch.linalg.solve_triangular(self.factor, change, upper=True, left=False)
             damping = change.square_() @ self.added[:, :, None]
             found.append(whitened.square_().sum(2) - damping[:, :, 0])
         return torch.cat(found, 1)
 
     def rounded(self, levels: Levels, block_size: int = 128) -> Tensor:
-        """Return the levels chosen, [G, O, K].
+        """Return the levels chosen, [G, O, K] in float32.
 
         Args:
             block_size: columns after which the rest is updated, at once.
         """
-        left = self.aim.clone()
+        left = self.aim.to(self.factor, copy=True)
         _reorder(left, self.order, 2)
         columns, factor = left.shape[2], self.factor
         qparams = levels.columns(self.order)
@@ -142,7 +142,7 @@ class Compensation:
                 errors[:, :, j - start] = error
             left[:, :, end:].baddbmm_(errors, factor[:, start:end, end:], alpha=-1)
         _reorder(left, self.order.argsort(1), 2)
-        return left
+        return left.float()  # exactly: levels are float32
 
 
 def _reorder(x: Tensor, order: Tensor, dim: int) -> None:
@@ -209,7 +209,7 @@ def best_scales(
 
 def descended(rounded: Tensor, goal: Goal, levels: Levels) -> Tensor:
     """Move each column in turn to the level that is best while the others stay; the error only falls."""
-    rounded = rounded.clone()
+    rounded = rounded.to(goal.xx, copy=True)
     slope = (rounded - goal.aim) @ goal.xx  # half the gradient of the error
     every = torch.arange(rounded.shape[2], device=rounded.device).expand(len(rounded), -1)
     for j, qparams in enumerate(levels.columns(every)):
@@ -218,7 +218,7 @@ def descended(rounded: Tensor, goal: Goal, levels: Levels) -> Tensor:
         moved = levels.round_column(best, qparams) - rounded[:, :, j]
         rounded[:, :, j] += moved
         slope += moved[:, :, None] * goal.xx[:, None, j]
-    return rounded
+    return rounded.float()
 
 
 @hookimpl
