@@ -186,10 +186,13 @@ def test_a_list_option_without_its_header_is_refused(install: Install) -> None:
         compose_config(["transform=[toy]"])
 
 
-def test_settings_of_a_method_that_was_left_out_are_named() -> None:
+def test_an_experiments_settings_of_a_method_that_was_left_out_go_and_typed_ones_are_refused() -> None:
+    assert compose_config(["experiment=weight_only_w4", "finetune=[]"])["finetune"] == {}
+    chosen = compose_config(["experiment=weight_only_w4", "finetune=[bias_correction]"])["finetune"]
+    assert [*chosen] == ["bias_correction"]
     said = r"finetune.gptq has settings \(match\), but gptq is not chosen; add it to finetune="
     with pytest.raises(RecipeError, match=said):
-        compose_config(["experiment=weight_only_w4", "finetune=[]"])
+        compose_config(["experiment=weight_only_w4", "finetune=[]", "finetune.gptq.match=layer"])
 
 
 def test_what_is_hidden_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

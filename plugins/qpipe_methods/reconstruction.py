@@ -126,7 +126,8 @@ def reconstruct(
 
 def quantized_layers(model: nn.Module) -> dict[nn.Module, FakeQuant]:
     """Return the linear and convolutional layers whose weight is quantized, with its quantizer."""
-    return {w.module: w.fake_quant for w in weight_quantizers(model) if _is_layer(w)}
+    layers = filter(is_layer, weight_quantizers(model))
+    return {w.module: w.fake_quant for w in layers if w.fake_quant.calibrated}
 
 
 def walk(
@@ -171,9 +172,10 @@ def walk(
         _walk(model, units, floats, quants, _remembered(improve, shelf or Shelf()), title)
 
 
-def _is_layer(weight: QuantizedWeight) -> bool:
-    enabled = weight.fake_quant.enabled and weight.fake_quant.calibrated
-    return isinstance(weight.module, _LAYERS) and weight.parameter_name == "weight" and enabled
+def is_layer(weight: QuantizedWeight) -> bool:
+    """Say whether it is the weight of a linear or convolutional layer, and quantized."""
+    is_weight = isinstance(weight.module, _LAYERS) and weight.parameter_name == "weight"
+    return is_weight and weight.fake_quant.enabled
 
 
 def _remembered(improve: Callable[[Unit], None], shelf: Shelf) -> Callable[[Unit], None]:

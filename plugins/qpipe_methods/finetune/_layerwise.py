@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qpipe import FinetuneStrategy, RecipeError
-from qpipe.nn import FakeQuant
-from qpipe_methods.reconstruction import Layer, reconstruct
+from qpipe.nn import weight_quantizers
+from qpipe_methods.reconstruction import Layer, is_layer, reconstruct
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, Trainer
@@ -55,10 +55,12 @@ class LayerwiseStrategy(FinetuneStrategy):
         )
 
 
-def check_even(strategy: str, fake_quant: FakeQuant) -> None:
-    """Raise RecipeError where a weight's levels are not evenly spaced."""
-    slot = fake_quant.slot
-    if not slot.quantizer.is_affine(slot.spec):
-        raise RecipeError(
-            f"{strategy} needs even steps; quantizer '{slot.quantizer.name}' of '{fake_quant.name}' has none"
-        )
+def check_even(what: str, model: nn.Module) -> None:
+    """Raise RecipeError where the levels of a layer of a prepared model are not evenly spaced."""
+    for weight in filter(is_layer, weight_quantizers(model)):
+        slot = weight.fake_quant.slot
+        if not slot.quantizer.is_affine(slot.spec):
+            raise RecipeError(
+                f"{what} needs even steps; quantizer '{slot.quantizer.name}' of '{weight.name}' has none: "
+                "use weight.quantizer=uniform"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpipe import FinetuneStrategy, hookimpl
 from qpipe_methods.finetune._layerwise import LayerwiseStrategy, check_even
@@ -58,9 +58,12 @@ class AdaRound(LayerwiseStrategy):
         self.match = match
         self.ridge = ridge
 
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError where a layer's levels are not evenly spaced."""
+        check_even(self.name, model)
+
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its learned rounding."""
-        check_even(self.name, layer.fake_quant)
         levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
         rounding = Rounding(goal.aim.float(), levels)
         nearest = levels.round(goal.aim)

@@ -71,6 +71,10 @@ class AutoRound(LayerwiseStrategy):
         self.match = match
         self.ridge = ridge
 
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError where a layer's levels are not evenly spaced."""
+        check_even(self.name, model)
+
     def fit(
         self,
         model: nn.Module,
@@ -112,13 +116,11 @@ class AutoRound(LayerwiseStrategy):
 
     def _offset(self, weight: QuantizedWeight) -> Offset:
         slot = weight.fake_quant.slot
-        check_even(self.name, weight.fake_quant)
         blocks = slot.granularity.to_blocks(weight.blocks_input())
         return Offset(slot, weight.fake_quant.qparams(), blocks, self.ranges)
 
     def improve(self, layer: Layer) -> None:
         """Replace the weight and its qparams by the best of all steps."""
-        check_even(self.name, layer.fake_quant)
         levels, goal = Levels(layer), goal_of(layer, self.match, self.ridge)
         nearest, before = levels.round(goal.aim), layer.fake_quant.qparams()
         rounded, qparams = self._learn(layer, levels, goal.in_float32())

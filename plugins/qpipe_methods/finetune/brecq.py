@@ -91,6 +91,10 @@ class BRECQ(FinetuneStrategy):
         self.num_samples = num_samples
         self.memory_gb = memory_gb
 
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError where a layer's levels are not evenly spaced."""
+        check_even(self.name, model)
+
     def fit(
         self,
         model: nn.Module,
@@ -273,7 +277,6 @@ def _learns(edge: FakeQuant) -> bool:
 
 def _soft(model: nn.Module, weight: QuantizedWeight) -> SoftRounding:
     slot = weight.fake_quant.slot
-    check_even("brecq", weight.fake_quant)
     blocks = slot.granularity.to_blocks(weight.blocks_input())
     floats = slot.granularity.to_blocks(float_parameter(model, weight.module, "weight"))
     return SoftRounding(slot, weight.fake_quant.qparams(), blocks, floats)

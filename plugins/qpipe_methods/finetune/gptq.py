@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpipe import FinetuneStrategy, QParams, RecipeError, hookimpl
 from qpipe.functional import scale_eps
-from qpipe_methods.finetune._layerwise import LayerwiseStrategy
+from qpipe_methods.finetune._layerwise import LayerwiseStrategy, check_even
 from qpipe_methods.quadratic import Goal, Levels, added_by, fall_back, goal_of, set_bias, shrink
 from qpipe_methods.reconstruction import Layer
 
@@ -66,6 +66,11 @@ class GPTQ(LayerwiseStrategy):
         self.sweeps = sweeps
         self.match = match
         self.ridge = ridge
+
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RecipeError where scales are searched of levels that are not evenly spaced."""
+        if self.scales:
+            check_even("gptq.scales", model)
 
     def improve(self, layer: Layer) -> None:
         """Replace the weight by its compensated rounding."""
@@ -184,18 +189,11 @@ def best_scales(
 
     Args:
         rounded: [G, O, K], with the present scales.
-
-    Raises:
-        RecipeError: the quantizer's levels are not even.
     """
-    slot, start = layer.fake_quant.slot, layer.fake_quant.qparams()
-    if not slot.quantizer.is_affine(slot.spec):
-        raise RecipeError(
-            f"quantizer '{slot.quantizer.name}' of '{layer.name}' has no scale to search; use scales=0"
-        )
+    start = layer.fake_quant.qparams()
     scale, least = start.scale, compensation.error(rounded)
     for ratio in ratios:
-        tried_scale = (start.scale * ratio).clamp(min=scale_eps(slot.spec.num_bits))
+        tried_scale = (start.scale * ratio).clamp(min=scale_eps(layer.fake_quant.slot.spec.num_bits))
         layer.fake_quant.set_qparams(QParams(tried_scale, start.zero_point))
         tried = compensation.rounded(levels, block_size)
         error = compensation.error(tried)

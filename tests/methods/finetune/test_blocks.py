@@ -13,7 +13,7 @@ from qpipe_methods.reconstruction import Unit
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QParams, RecipeError, Shelf, Task
+from qpipe import QParams, Shelf, Task
 
 PLAIN: dict[str, Any] = {"activation": None, "target": "generic", "evaluator": [], "transform": []}
 
@@ -155,7 +155,3 @@ def test_what_cannot_be_is_refused() -> None:
         AutoRound("network")
     with pytest.raises(ValueError, match="match=float is a layer's aim"):
         AutoRound("block", match="float")
-    net, data = nn.Sequential(Block()), inputs(1)
-    model = quantized(net, data, quantizer="nf4", num_bits=4)
-    with pytest.raises(RecipeError, match=r"even steps; quantizer 'nf4' of '0.first:weight'"):
-        fit(AutoRound("block"), model, data)

@@ -14,7 +14,7 @@ from qpipe_zoo.model.resnet_digits import ResNetDigits
 from torch import Tensor, nn
 
 import qpipe
-from qpipe import QParams, RecipeError, Shelf, Task
+from qpipe import QParams, Shelf, Task
 from qpipe.nn import edge_quantizers
 from qpipe.training import fake_quants
 
@@ -143,9 +143,6 @@ class TestBRECQ:
             BRECQ(unit="stage")
         with pytest.raises(ValueError, match="drop=2"):
             BRECQ(drop=2)
-        model = quantized(nn.Sequential(nn.Linear(12, 5)), inputs(), quantizer="log")
-        with pytest.raises(RecipeError, match="'log'"):
-            fit(BRECQ(), model, inputs())
 
 
 class TestUnits:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -480,12 +481,6 @@ class TestStrategies:
         up = (layer.weight / layer.fake_quant.scale).round() - (weight / layer.fake_quant.scale).floor()
         assert set(up.unique().tolist()) <= {0.0, 1.0}
 
-    def test_refuses_levels_that_are_not_even(self) -> None:
-        layer, _ = single(torch.randn(3, 8), torch.randn(9, 8), quantizer="log")
-        for strategy in (AdaRound(), AutoRound()):
-            with pytest.raises(RecipeError, match="'log'"):
-                strategy.improve(layer)
-
     def test_refuses_an_unknown_match(self) -> None:
         for strategy in (AdaRound, AutoRound, GPTQ):
             with pytest.raises(ValueError, match="layer or float"):
@@ -583,7 +578,30 @@ class TestScales:
         assert torch.allclose(found, best, rtol=1e-3)
         assert table[0].sum() > 1.1 * found.sum()
 
-    def test_refuses_levels_that_are_not_even(self) -> None:
-        layer, _ = single(torch.randn(3, 8), torch.randn(9, 8), quantizer="log")
-        with pytest.raises(RecipeError, match="scales=0"):
-            GPTQ(scales=3).improve(layer)
+
+STRICT = [
+    "adaround",
+    "autoround",
+    {"name": "autoround", "unit": "block"},
+    "brecq",
+    {"name": "gptq", "scales": 3},
+]
+
+
+@pytest.mark.parametrize("strategy", STRICT, ids=str)
+def test_levels_that_are_not_even_are_refused_before_calibration(
+    strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    monkeypatch.setattr("qpipe.pipeline.calibrate", lambda *_: passes.append("calibrate") or ())
+    with pytest.raises(RecipeError, match="needs even steps; quantizer 'log' of '0:weight' has none: use"):
+        qpipe.quantize(
+            nn.Sequential(nn.Linear(8, 3)),
+            torch.randn(9, 8),
+            quantizer="log",
+            finetune=[strategy],
+            activation=None,
+            target="generic",
+            evaluator=[],
+        )
+    assert not passes
