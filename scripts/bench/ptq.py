@@ -36,6 +36,10 @@ RANGES = ["fold_bn", {"name": "equalize", "objective": "ranges", "steps": 20}]
 ENDS = [{"match": name, "weight": {"num_bits": 8}} for name in ("stem*", "fc*")]
 DEPTHWISE = [*ENDS, {"match": "*depthwise*", "weight": {"num_bits": 8}}]
 W4: dict[str, Any] = {"weight": {"num_bits": 4}, "layers": ENDS}
+W4_FULL: dict[str, Any] = {
+    "weight": {"num_bits": 4, "restricted": False},
+    "layers": [{**end, "weight": {"num_bits": 8, "restricted": True}} for end in ENDS],
+}
 W4_DEPTHWISE_8: dict[str, Any] = {"weight": {"num_bits": 4}, "layers": DEPTHWISE}
 
 BLOCKS = {"name": "brecq", "iterations": 100, "step_lr": 0.0}
@@ -67,6 +71,8 @@ PHOTOS: dict[str, dict[str, Any]] = {
     "w4 channel, equalize, bias_correction": {**W4, "transform": EQUALIZE, "finetune": ["bias_correction"]},
     "w4 channel, equalize, seqmse": {**W4, "transform": EQUALIZE, "finetune": ["seqmse"]},
     "w4 channel, equalize, gptq": {**W4, "transform": EQUALIZE, "finetune": [SHRUNK]},
+    "w4 channel, full range, round": W4_FULL,
+    "w4 channel, full range, equalize, gptq": {**W4_FULL, "transform": EQUALIZE, "finetune": [SHRUNK]},
     "w4 channel, equalize, adaround": {**W4, "transform": EQUALIZE, "finetune": ["adaround"]},
     "w4 channel, equalize, autoround": {**W4, "transform": EQUALIZE, "finetune": ["autoround"]},
     "w4 channel, gptq": {**W4, "finetune": [SHRUNK]},
@@ -81,7 +87,11 @@ PHOTOS: dict[str, dict[str, Any]] = {
         "finetune": [SHRUNK],
     },
 }
-G64 = {"activation": None, "granularity": {"name": "subchannel", "group_size": 64}, "transform": []}
+G64: dict[str, Any] = {
+    "activation": None,
+    "granularity": {"name": "subchannel", "group_size": 64},
+    "transform": [],
+}
 S4: dict[str, Any] = {**G64, "weight": {"num_bits": 4}}
 A3: dict[str, Any] = {
     **G64,
@@ -102,6 +112,11 @@ SENTENCES: dict[str, dict[str, Any]] = {
 for bits, choices in (("w4 symmetric", S4), ("w3 asymmetric", A3)):
     SENTENCES[f"minilm {bits} g64, awq"] = {**choices, "transform": ["awq"]}
     SENTENCES[f"minilm {bits} g64, awq, gptq"] = {**choices, "transform": ["awq"], "finetune": [GPTQ]}
+for num_bits in (4, 3):
+    for codes, restricted in (("restricted", True), ("full", False)):
+        ranged = {**G64, "weight": {"num_bits": num_bits, "restricted": restricted}}
+        for name, finetune in (("round", []), ("gptq as published", ["gptq"]), ("gptq", [GPTQ])):
+            SENTENCES[f"minilm w{num_bits} g64, {codes} range, {name}"] = {**ranged, "finetune": finetune}
 A4 = {**A3, "weight": {**A3["weight"], "num_bits": 4}}
 for bits, choices in (("w4 asymmetric", A4), ("w3 asymmetric", A3)):
     SENTENCES[f"minilm {bits} g64, round"] = choices
