@@ -62,7 +62,7 @@ def compose_config(words: Sequence[str], file: Path | None = None) -> dict[str, 
             raise RecipeError(
                 f"no {name} is chosen; {name}=… takes {', '.join(sorted(options.get(name, ())))}"
             )
-    _check_headers(config, words)
+    _keep_chosen(config, words)
     return {key: config[key] for key in sorted(config, key=rank)}
 
 
@@ -144,8 +144,8 @@ def _preset_with(key: str, options: _Groups) -> str:
     return ""
 
 
-def _check_headers(config: Mapping[str, Any], words: Sequence[str]) -> None:
-    """Refuse what names no method; an experiment's settings of one that was left out are dropped."""
+def _keep_chosen(config: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Drop an experiment's settings of methods that were left out; refuse other nodes that name no method."""
     typed = [value_path(word)[:2] for word in words]
     for kind in SEVERAL:
         for name, value in [*(config.get(kind) or {}).items()]:
@@ -154,12 +154,12 @@ def _check_headers(config: Mapping[str, Any], words: Sequence[str]) -> None:
                     f"{kind} '{config[kind].get('name', name)}': its yaml must begin with the line "
                     f"'# @package {kind}.<name>', or a list of several {kind}s would keep only the last"
                 )
-            if "name" not in value and [kind, name] in typed:
-                raise RecipeError(
-                    f"{kind}.{name} has settings ({', '.join(value)}), but {name} is not chosen; "
-                    f"add it to {kind}=[…]"
-                )
             if "name" not in value:
+                if [kind, name] in typed:
+                    raise RecipeError(
+                        f"{kind}.{name} has settings ({', '.join(value)}), but {name} is not chosen; "
+                        f"add it to {kind}=[…]"
+                    )
                 del config[kind][name]
 
 
